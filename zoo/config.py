@@ -1,0 +1,399 @@
+"""The architecture of a model as frozen, nested dataclasses, and the one way to read them from YAML.
+
+A sub-block is ``None`` or wholly given. Nothing here knows how a published checkpoint spells a field:
+those names live in ``zoo/families``. Lengths are in tokens, sizes in elements.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+CONFIG_FILE = "zoo.yaml"
+"""Name of the spec file inside a zoo checkpoint directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """Position interpolation (arXiv 2306.15595): every frequency divided by ``factor``."""
+
+    factor: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Llama 3.1 frequency scaling: low frequencies divided by ``factor``, high ones kept, a ramp between."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071), with DeepSeek's two ``mscale`` factors (arXiv 2405.04434, section 3.1.3).
+
+    With ``mscale`` and ``mscale_all_dim`` both ``None``, cos and sin are scaled by 0.1·ln(factor) + 1 as in the
+    YaRN paper. ``attention_factor`` overrides that scale.
+    """
+
+    factor: float
+    original_max_position: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary positions (arXiv 2104.09864). At most one scaling is given.
+
+    ``layout`` says which elements of a head form a rotated pair: ``split`` pairs i with i + d/2 (GPT-NeoX, Llama in
+    transformers), ``interleaved`` pairs 2i with 2i + 1 (the paper, DeepSeek checkpoints).
+    """
+
+    theta: float
+    layout: Literal["split", "interleaved"] = "split"
+    linear: LinearScaling | None = None
+    llama3: Llama3Scaling | None = None
+    yarn: YarnScaling | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Multi-head (``num_kv_heads == num_heads``) or grouped-query attention."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm over ``head_dim`` of every query and key head, before rotary."""
+    sliding_window: int | None = None
+    """A query sees itself and the ``sliding_window - 1`` tokens before it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLAConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+
+    num_heads: int
+    kv_lora_rank: int
+    q_lora_rank: int | None
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Routed experts, their router and the shared experts. See ``zoo/moe/router.py`` for the equations."""
+
+    num_experts: int
+    top_k: int
+    moe_intermediate_size: int
+    score_func: Literal["softmax", "sigmoid"]
+    norm_topk_prob: bool
+    routed_scaling_factor: float = 1.0
+    num_groups: int = 1
+    top_k_groups: int = 1
+    group_score: Literal["max", "top2_sum"] = "max"
+    router_bias: bool = False
+    """A bias that takes part in the selection of experts only, never in their weights (arXiv 2408.15664)."""
+    num_shared_experts: int = 0
+    """Shared experts are one SwiGLU FFN of ``num_shared_experts * moe_intermediate_size``."""
+    shared_expert_gate: bool = False
+    """Multiply the shared experts' output with sigmoid(Linear(D → 1)) of their input."""
+    first_k_dense: int = 0
+    """The first layers that keep the dense FFN of ``ModelConfig.intermediate_size``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder. Exactly one of ``attention`` and ``mla`` is given; ``moe=None`` is a dense model."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    intermediate_size: int
+    """Width of the dense FFN; unused (but kept for export) where every layer is MoE."""
+    max_position_embeddings: int
+    norm_eps: float
+    rope: RopeConfig
+    attention: AttentionConfig | None = None
+    mla: MLAConfig | None = None
+    moe: MoEConfig | None = None
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether layer number ``layer`` (from 0) has routed experts."""
+        return self.moe is not None and layer >= self.moe.first_k_dense
+
+    def __post_init__(self) -> None:
+        _validate(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A named model: what one file of ``configs/models`` and the ``zoo.yaml`` of a checkpoint hold."""
+
+    name: str
+    family: str
+    """Module of ``zoo/families`` that maps this model's weights to and from the published layout."""
+    model: ModelConfig
+    source: str | None = None
+    """Hub id of the published weights, where there are any."""
+    reference: str | None = None
+    """Paper or release that the sizes were taken from."""
+
+
+def _validate(c: ModelConfig) -> None:
+    """Raise ``ValueError`` naming the field, its value and the fix."""
+    sizes = ("vocab_size", "hidden_size", "num_layers", "intermediate_size", "max_position_embeddings")
+    for field in sizes:
+        _require(getattr(c, field) >= 1, field, getattr(c, field), "give a positive integer")
+    _require(c.norm_eps > 0, "norm_eps", c.norm_eps, "give a positive number such as 1e-6")
+    _require(
+        (c.attention is None) != (c.mla is None),
+        "attention / mla",
+        "both" if c.attention else "neither",
+        "give exactly one of the two blocks",
+    )
+    if c.attention:
+        _validate_attention(c.attention)
+    if c.mla:
+        _require(
+            c.mla.qk_rope_head_dim % 2 == 0, "mla.qk_rope_head_dim", c.mla.qk_rope_head_dim, "rotary needs an even size"
+        )
+    scalings = [n for n in ("linear", "llama3", "yarn") if getattr(c.rope, n) is not None]
+    _require(len(scalings) <= 1, "rope", " + ".join(scalings), "give at most one scaling")
+    if c.moe:
+        _validate_moe(c.moe, c.num_layers)
+
+
+def _validate_attention(a: AttentionConfig) -> None:
+    _require(a.num_heads >= 1, "attention.num_heads", a.num_heads, "give a positive integer")
+    _require(a.num_kv_heads >= 1, "attention.num_kv_heads", a.num_kv_heads, "give a positive integer")
+    _require(
+        a.num_heads % a.num_kv_heads == 0,
+        "attention.num_kv_heads",
+        a.num_kv_heads,
+        f"it must divide num_heads = {a.num_heads}",
+    )
+    _require(a.head_dim % 2 == 0, "attention.head_dim", a.head_dim, "rotary needs an even size")
+    _require(
+        a.sliding_window is None or a.sliding_window >= 1,
+        "attention.sliding_window",
+        a.sliding_window,
+        "give a positive number of tokens, or null for full attention",
+    )
+
+
+def _validate_moe(m: MoEConfig, num_layers: int) -> None:
+    _require(m.num_experts >= 1, "moe.num_experts", m.num_experts, "give a positive integer")
+    _require(m.moe_intermediate_size >= 1, "moe.moe_intermediate_size", m.moe_intermediate_size, "give a positive size")
+    _require(
+        1 <= m.top_k <= m.num_experts,
+        "moe.top_k",
+        m.top_k,
+        f"it must be between 1 and num_experts = {m.num_experts}",
+    )
+    _require(
+        not (m.top_k == 1 and m.norm_topk_prob),
+        "moe.top_k",
+        1,
+        "with norm_topk_prob = true the only weight is always 1 and the router gets no gradient from the "
+        "language-model loss; set norm_topk_prob: false or top_k >= 2",
+    )
+    _require(
+        m.num_groups >= 1 and m.num_experts % m.num_groups == 0,
+        "moe.num_groups",
+        m.num_groups,
+        f"it must divide num_experts = {m.num_experts}",
+    )
+    _require(
+        1 <= m.top_k_groups <= m.num_groups,
+        "moe.top_k_groups",
+        m.top_k_groups,
+        f"it must be between 1 and num_groups = {m.num_groups}",
+    )
+    group_size = m.num_experts // m.num_groups
+    _require(
+        m.top_k <= m.top_k_groups * group_size,
+        "moe.top_k",
+        m.top_k,
+        f"top_k_groups = {m.top_k_groups} groups hold only {m.top_k_groups * group_size} experts",
+    )
+    _require(
+        m.group_score != "top2_sum" or group_size >= 2,
+        "moe.group_score",
+        m.group_score,
+        f"groups of {group_size} expert have no two best scores; use max",
+    )
+    _require(m.num_shared_experts >= 0, "moe.num_shared_experts", m.num_shared_experts, "give 0 or more")
+    _require(
+        not m.shared_expert_gate or m.num_shared_experts > 0,
+        "moe.shared_expert_gate",
+        True,
+        "there is no shared expert to gate; set num_shared_experts >= 1",
+    )
+    _require(
+        0 <= m.first_k_dense < num_layers,
+        "moe.first_k_dense",
+        m.first_k_dense,
+        f"at least one of the {num_layers} layers must be MoE; drop the moe block for a dense model",
+    )
+
+
+def _require(holds: bool, field: str, value: Any, fix: str) -> None:
+    if not holds:
+        raise ValueError(f"{field} = {value}: {fix}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading and writing
+# ---------------------------------------------------------------------------------------------------------------
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], data: Any, where: str = "config") -> T:
+    """Build the dataclass ``cls`` from nested plain mappings.
+
+    Raises:
+        ValueError: an unknown key (naming the nearest known one), a missing key, a value of the wrong type, or a
+            value that the dataclass refuses. ``where`` says which file or key it stands in.
+    """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{where}: expected a mapping of {cls.__name__} fields, got {data!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in data:
+        if key not in fields:
+            raise ValueError(f"{where}: unknown key {key!r}{_nearest(str(key), fields)}")
+    values = {key: _convert(hints[key], value, f"{where}: {key}") for key, value in data.items()}
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{where}: missing {', '.join(repr(m) for m in missing)}")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _nearest(key: str, known: typing.Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known keys are {', '.join(sorted(known))}"
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        arms = [a for a in typing.get_args(hint) if a is not types.NoneType]
+        if value is None and types.NoneType in typing.get_args(hint):
+            return None
+        for arm in arms[:-1]:
+            try:
+                return _convert(arm, value, where)
+            except ValueError:
+                continue
+        return _convert(arms[-1], value, where)
+    if origin is Literal:
+        if value not in typing.get_args(hint):
+            raise ValueError(f"{where} = {value!r}: use one of {', '.join(map(repr, typing.get_args(hint)))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where} = {value!r}: expected a list")
+        return tuple(_convert(typing.get_args(hint)[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} = {value!r}: expected a mapping")
+        return {str(k): _convert(typing.get_args(hint)[1], v, f"{where}.{k}") for k, v in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, where)
+    return _convert_scalar(hint, value, where)
+
+
+def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
+    if hint is Any:
+        return value
+    if hint is float:
+        # YAML 1.1 reads "1e-6" (no dot) as a string; everyone who writes it means the number.
+        if isinstance(value, str):
+            try:
+                return float(value)
+            except ValueError:
+                pass
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif isinstance(value, hint):
+        return value
+    raise ValueError(f"{where} = {value!r}: expected {hint.__name__}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain mapping of a config dataclass; keys whose value equals the default are left out."""
+    result: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.default is not dataclasses.MISSING and value == f.default:
+            continue
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        elif isinstance(value, tuple):
+            value = [to_dict(v) if dataclasses.is_dataclass(v) else v for v in value]
+        result[f.name] = value
+    return result
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping with OmegaConf (interpolations resolved).
+
+    Raises:
+        ValueError: the file is missing, is not UTF-8, is not YAML, or is not a mapping.
+    """
+    path = Path(path)
+    try:
+        data = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected a mapping, got {type(data).__name__}")
+    return typing.cast(dict[str, Any], data)
+
+
+def load_spec(path: str | Path) -> ModelSpec:
+    """Read one file of ``configs/models`` or the ``zoo.yaml`` of a checkpoint."""
+    return from_dict(ModelSpec, load_yaml(path), str(path))
+
+
+def save_spec(spec: ModelSpec, path: str | Path) -> None:
+    """Write ``spec`` as YAML that ``load_spec`` reads back equal."""
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(spec))), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Dense building blocks: one paper concept a file."""

@@ -1,0 +1,64 @@
+"""Scaled dot-product attention over a SequenceLayout, with the fastest kernel that the device offers.
+
+Shapes: B batch, S new tokens, L key slots, H query heads, G key/value heads, d size of a key head, v of a value head.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.layers.sequence import SequenceLayout
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
+    """softmax(scale · q kᵀ + mask) v.
+
+    Args:
+        q: [B, H, S, d]. k: [B, G, L, d]. v: [B, G, L, v]; G divides H.
+
+    Returns:
+        [B, S, H, v].
+    """
+    if _flash_applies(q, v, layout):
+        return _flash(q, k, v, layout, scale)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=layout.mask, is_causal=layout.is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2)
+
+
+@cache
+def flash_available() -> bool:
+    """Whether the flash-attn package is installed (extra ``gpu``)."""
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def _flash_applies(q: Tensor, v: Tensor, layout: SequenceLayout) -> bool:
+    """flash-attn computes half precision on CUDA with equal head sizes; a cached step stays with torch's kernel."""
+    return (
+        q.is_cuda
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and layout.past == 0
+        and q.shape[-1] == v.shape[-1]
+        and flash_available()
+    )
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
+    """Each run of equal segments is one sequence of a variable-length batch: no mask, no padding gathered out."""
+    from flash_attn import flash_attn_varlen_func
+
+    batch, _, new, _ = q.shape
+    runs = layout.run_offsets
+    longest = int((runs[1:] - runs[:-1]).max())
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
+    window = (-1, -1) if layout.window is None else (layout.window - 1, 0)
+    out: Tensor = flash_attn_varlen_func(
+        *flat, runs, runs, longest, longest, softmax_scale=scale, causal=True, window_size=window
+    )
+    return out.unflatten(0, (batch, new))

@@ -1,0 +1,55 @@
+"""Multi-head and grouped-query attention (arXiv 1706.03762, arXiv 2305.13245).
+
+Shapes: B batch, S sequence, D model, H query heads, G key/value heads, d head size, L key slots.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from zoo.cache import LayerCache
+from zoo.config import ModelConfig
+from zoo.layers.attend import attend
+from zoo.layers.norm import RMSNorm
+from zoo.layers.rope import rotate
+from zoo.layers.sequence import SequenceLayout
+
+
+class Attention(nn.Module):
+    """o(softmax(q kᵀ / √d + mask) v) with rotary q and k; optional biases and optional per-head RMSNorm of q and k."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        attention = config.attention
+        assert attention is not None
+        self.rope_layout = config.rope.layout
+        self.head_dim = attention.head_dim
+        self.num_kv_heads = attention.num_kv_heads
+        self.scale = attention.head_dim**-0.5
+        width, kv_width = attention.num_heads * self.head_dim, attention.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=attention.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=attention.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=attention.qkv_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=attention.output_bias)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if attention.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if attention.qk_norm else nn.Identity()
+
+    def forward(
+        self, x: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor], cache: LayerCache | None
+    ) -> Tensor:
+        """x [B, S, D], rotary cos and sin [B, S, 1, d/2] → [B, S, D]; appends k and v to ``cache`` where given."""
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))
+        q = rotate(q, *rotary, self.rope_layout).transpose(1, 2)
+        k = rotate(k, *rotary, self.rope_layout).transpose(1, 2)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(layout.past, k, v)
+        return self.o_proj(attend(q, k, v, layout, self.scale).flatten(-2))
+
+    def new_cache(self, batch_size: int, max_length: int) -> LayerCache:
+        """Empty k and v, each [B, G, L, d]."""
+        weight = self.k_proj.weight
+        shape = (batch_size, self.num_kv_heads, max_length, self.head_dim)
+        return LayerCache([torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2)])

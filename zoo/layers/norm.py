@@ -1,0 +1,21 @@
+"""Root mean square normalisation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in fp32 (arXiv 1910.07467, equation 4)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., size] → the same shape and dtype."""
+        # torch accumulates in fp32 for half precision and rounds once, at the end.
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -1,0 +1,92 @@
+"""Rotary positions: frequencies under each context extension, and the rotation in both layouts.
+
+Shapes: B batch, S sequence, H heads, d rotated size of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from zoo.config import Llama3Scaling, RopeConfig, YarnScaling
+
+
+def yarn_mscale(factor: float, coefficient: float = 1.0) -> float:
+    """mscale(s, c) = 0.1·c·ln s + 1 for s > 1 (arXiv 2309.00071, equation 22), else 1."""
+    return 0.1 * coefficient * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def inverse_frequencies(rope: RopeConfig, size: int) -> tuple[Tensor, float]:
+    """Angular frequency of each rotated pair, and the factor on cos and sin.
+
+    Returns:
+        ([size / 2] fp32 in radians a position, scale of cos and sin; 1 except under YaRN).
+    """
+    frequencies = 1.0 / rope.theta ** (torch.arange(0, size, 2, device="cpu").float() / size)
+    if rope.linear:
+        return frequencies / rope.linear.factor, 1.0
+    if rope.llama3:
+        return _llama3(frequencies, rope.llama3), 1.0
+    if rope.yarn:
+        return _yarn(frequencies, rope.theta, size, rope.yarn), _yarn_scale(rope.yarn)
+    return frequencies, 1.0
+
+
+def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
+    """Interpolate wavelengths longer than context/low_freq_factor, keep those shorter than context/high_freq_factor."""
+    wavelengths = 2 * math.pi / frequencies
+    turns = scaling.original_max_position / wavelengths
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def _yarn(frequencies: Tensor, theta: float, size: int, scaling: YarnScaling) -> Tensor:
+    """NTK-by-parts (arXiv 2309.00071, section 3.2): keep fast frequencies, interpolate slow ones, a ramp between."""
+
+    def pair_turning(rotations: float) -> float:
+        """Index of the pair that makes ``rotations`` turns over the original context."""
+        return size * math.log(scaling.original_max_position / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_turning(scaling.beta_fast), pair_turning(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    # A ramp of width zero would divide by zero; the published code widens it by a thousandth of a pair.
+    width = (high - low) or 0.001
+    interpolated = ((torch.arange(size // 2, device="cpu").float() - low) / width).clamp(0, 1)
+    return frequencies * (interpolated / scaling.factor + (1 - interpolated))
+
+
+def _yarn_scale(scaling: YarnScaling) -> float:
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+    return yarn_mscale(scaling.factor)
+
+
+class Rotary:
+    """cos and sin for given positions. Frequencies stay fp32 whatever dtype the model is cast to."""
+
+    def __init__(self, rope: RopeConfig, size: int) -> None:
+        self.frequencies, self.scale = inverse_frequencies(rope, size)
+
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """positions [B, S] int64 → cos, sin [B, S, 1, d/2], computed in fp32 and cast to ``dtype``."""
+        if self.frequencies.device != positions.device:
+            self.frequencies = self.frequencies.to(positions.device)
+        angles = (positions[..., None].float() * self.frequencies).unsqueeze(2)
+        return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Literal["split", "interleaved"]) -> Tensor:
+    """Rotate each pair of x [B, S, H, d] by its angle; cos, sin [B, S, 1, d/2] (arXiv 2104.09864, equation 34)."""
+    if layout == "split":
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)

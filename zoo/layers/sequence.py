@@ -1,0 +1,117 @@
+"""Who may attend to whom: padding, packed documents, cached tokens and the sliding window, in one place.
+
+Shapes: B batch, S new tokens, L = past + S key slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceLayout:
+    """The layout of one batch, shared by all layers of a forward."""
+
+    batch_size: int
+    positions: Tensor
+    """[B or 1, S] int64, the rotary position of every new token."""
+    past: int
+    """Key slots already in the cache."""
+    segments: Tensor | None
+    """[B, L] int64: a token attends within its segment only; padding is segment -1. None: one segment a row."""
+    window: int | None
+    """Sliding window in tokens, or None."""
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """[B or 1, 1, S, L] bool, True where a query (row) sees a key (column); None where plain causality says it all.
+
+        Padding queries see padding keys (themselves at least), so that no row is empty: an empty row is NaN in softmax.
+        """
+        new = self.positions.shape[1]
+        keys = self.past + new
+        if self.segments is None and (self.window is None or keys <= self.window) and (self.past == 0 or new == 1):
+            return None
+        device = self.positions.device
+        query = torch.arange(self.past, keys, device=device)[:, None]
+        key = torch.arange(keys, device=device)
+        visible = key <= query
+        if self.window is not None:
+            visible = visible & (key > query - self.window)
+        visible = visible[None]
+        if self.segments is not None:
+            visible = visible & (self.segments[:, self.past :, None] == self.segments[:, None, :])
+        return visible[:, None]
+
+    @property
+    def is_causal(self) -> bool:
+        """With ``mask`` None: whether causality must still be applied (not for one new token)."""
+        return self.mask is None and self.positions.shape[1] > 1
+
+    @cached_property
+    def run_offsets(self) -> Tensor:
+        """[runs + 1] int32: ends of equal-segment runs in the flattened [B·S] tokens, for variable-length kernels.
+
+        Only without cached tokens. Runs of padding are kept, so that nothing has to be gathered out and back.
+        """
+        rows, new = self.batch_size, self.positions.shape[1]
+        starts = torch.zeros(rows, new, dtype=torch.bool, device=self.positions.device)
+        starts[:, 0] = True
+        if self.segments is not None:
+            starts[:, 1:] = self.segments[:, 1:] != self.segments[:, :-1]
+        first = starts.flatten().nonzero().flatten()
+        return torch.cat((first, first.new_tensor([rows * new]))).to(torch.int32)
+
+
+def sequence_layout(
+    input_ids: Tensor,
+    *,
+    attention_mask: Tensor | None,
+    document_ids: Tensor | None,
+    past: int,
+    past_valid: Tensor | None,
+    window: int | None,
+) -> SequenceLayout:
+    """Layout of a batch of new tokens.
+
+    Args:
+        input_ids: [B, S].
+        attention_mask: [B, S], nonzero for tokens and 0 for padding, on either side.
+        document_ids: [B, S] integers; equal neighbours are one document, positions restart at each document.
+        past: slots filled in the cache.
+        past_valid: [B, past] bool, False where a cached slot is padding.
+        window: sliding window in tokens.
+
+    Raises:
+        ValueError: a shape that differs from ``input_ids``, or documents together with cached tokens.
+    """
+    for name, given in (("attention_mask", attention_mask), ("document_ids", document_ids)):
+        if given is not None and given.shape != input_ids.shape:
+            raise ValueError(f"{name} has shape {tuple(given.shape)}: give that of input_ids, {tuple(input_ids.shape)}")
+    if document_ids is not None and past:
+        raise ValueError("document_ids: packed documents cannot be continued from a cache; give one document a row")
+    (rows, new), device = input_ids.shape, input_ids.device
+    if document_ids is not None:
+        segments = document_ids if attention_mask is None else document_ids.masked_fill(attention_mask == 0, -1)
+        return SequenceLayout(rows, positions_in_runs(segments), past, segments, window)
+    if attention_mask is None and past_valid is None:
+        positions = torch.arange(past, past + new, device=device)[None]
+        return SequenceLayout(rows, positions, past, None, window)
+    valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+    if past:
+        earlier = valid.new_ones(len(valid), past) if past_valid is None else past_valid
+        valid = torch.cat((earlier, valid), dim=1)
+    positions = (valid.cumsum(1) - 1).clamp(min=0)[:, past:]
+    return SequenceLayout(rows, positions, past, valid.long() - 1, window)
+
+
+def positions_in_runs(segments: Tensor) -> Tensor:
+    """[B, S] integers → [B, S] int64, distance of each token from the start of its run of equal values."""
+    index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    is_start = torch.ones_like(segments, dtype=torch.bool)
+    is_start[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return index - torch.where(is_start, index, 0).cummax(dim=1).values

@@ -1,0 +1,171 @@
+"""The decoder: the only skeleton, in call order.
+
+Shapes: B batch, S sequence, D model, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.cache import Cache, LayerCache
+from zoo.config import ModelConfig
+from zoo.layers.attention import Attention
+from zoo.layers.ffn import SwiGLU
+from zoo.layers.mla import MLA
+from zoo.layers.norm import RMSNorm
+from zoo.layers.rope import Rotary
+from zoo.layers.sequence import SequenceLayout, sequence_layout
+from zoo.moe.layer import MoE
+from zoo.moe.router import RouterOutput
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderOutput:
+    """Result of one forward."""
+
+    logits: Tensor
+    """[B, S or logits_to_keep, V]"""
+    hidden: Tensor
+    """[B, S, D], after the final norm."""
+    router_outputs: tuple[RouterOutput, ...]
+    """One a MoE layer, in order, each over all B·S tokens."""
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + ffn(norm(x)); the FFN is dense or MoE."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer = Attention(config) if config.attention else MLA(config)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.ffn = MoE(config) if config.is_moe_layer(layer) else SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self, x: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor], cache: LayerCache | None
+    ) -> tuple[Tensor, RouterOutput | None]:
+        """x [B, S, D] → ([B, S, D], the routing where the FFN is MoE)."""
+        x = x + self.mixer(self.mixer_norm(x), layout, rotary, cache)
+        out = self.ffn(self.ffn_norm(x))
+        if isinstance(out, tuple):
+            return x + out[0], out[1]
+        return x + out, None
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model. Parameters are uninitialised: use ``build`` or load weights."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.lm_head = (
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+        self.rotary = Rotary(config.rope, _rotary_size(config))
+        self.window = config.attention.sliding_window if config.attention else None
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        document_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        logits_to_keep: int = 0,
+    ) -> DecoderOutput:
+        """Logits of the next token at every position.
+
+        Args:
+            input_ids: [B, S] int64.
+            attention_mask: [B, S], 1 for tokens and 0 for padding on either side; with a cache, of the new tokens.
+            document_ids: [B, S] int64 for packed documents: attention stays within neighbours of equal id and
+                positions restart at each document.
+            cache: from ``new_cache``; the new tokens are appended to it.
+            logits_to_keep: compute logits of the last so many positions only; 0 is all.
+
+        Raises:
+            ValueError: shapes that do not fit, or a full cache.
+        """
+        if cache is not None:
+            cache.check_room(input_ids)
+        layout = sequence_layout(
+            input_ids,
+            attention_mask=attention_mask,
+            document_ids=document_ids,
+            past=cache.length if cache else 0,
+            past_valid=cache.valid if cache else None,
+            window=self.window,
+        )
+        x = self.embed_tokens(input_ids)
+        rotary = self.rotary(layout.positions, x.dtype)
+        router_outputs = []
+        for i, block in enumerate(self.layers):
+            x, routing = block(x, layout, rotary, cache.layers[i] if cache else None)
+            if routing is not None:
+                router_outputs.append(routing)
+        if cache is not None:
+            cache.advance(input_ids.shape[1], attention_mask)
+        hidden = self.norm(x)
+        return DecoderOutput(self.logits(hidden[:, -logits_to_keep:]), hidden, tuple(router_outputs))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D] after the final norm → [..., V]."""
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(hidden, head.weight)
+
+    def new_cache(self, batch_size: int, max_length: int) -> Cache:
+        """An empty cache for ``batch_size`` rows of at most ``max_length`` tokens, in the model's dtype and device."""
+        layers = [block.mixer.new_cache(batch_size, max_length) for block in self.layers]
+        return Cache(layers, batch_size, max_length)
+
+
+def _rotary_size(config: ModelConfig) -> int:
+    if config.mla:
+        return config.mla.qk_rope_head_dim
+    assert config.attention is not None
+    return config.attention.head_dim
+
+
+def build(
+    config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Decoder:
+    """A decoder with fresh weights."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    model = model.to_empty(device=device).to(dtype)
+    initialize(model, seed)
+    return model
+
+
+@torch.no_grad()
+def initialize(model: Decoder, seed: int) -> None:
+    """Fill every parameter: norms 1, biases 0, all else normal with the config's ``initializer_range``.
+
+    Each tensor is drawn from its own generator, seeded by (seed, parameter name, expert index): what a parameter gets
+    does not depend on the other parameters, on dtype, or on how the model is spread over devices. An expert is drawn
+    as the matrix it is, never as a slice of a stacked fan-in.
+    """
+    std = model.config.initializer_range
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        elif ".experts." in name:
+            for expert, matrix in enumerate(parameter):
+                matrix.copy_(_normal(f"{seed}/{name}/{expert}", matrix.shape, std))
+        else:
+            parameter.copy_(_normal(f"{seed}/{name}", parameter.shape, std))
+    for buffer in model.buffers():
+        buffer.zero_()
+
+
+def _normal(key: str, shape: torch.Size, std: float) -> Tensor:
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
+    return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)

@@ -1,0 +1,87 @@
+"""Moving tokens to their experts and back.
+
+Expert parallelism is another ``Dispatcher``: nothing else of the layer knows where an expert lives.
+
+Shapes: T tokens, D model, E experts, K top-k, N = T·K routed rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from zoo.moe.router import RouterOutput
+
+
+class Dispatcher(Protocol):
+    """Brings the rows of each expert together, and sums an expert's results back into its tokens."""
+
+    def dispatch(self, x: Tensor, routing: RouterOutput) -> tuple[Tensor, Tensor, Any]:
+        """x [T, D] → (rows [N, D] sorted by expert, counts [E] int64 rows of each expert, what ``combine`` needs)."""
+        ...
+
+    def combine(self, rows: Tensor, state: Any) -> Tensor:
+        """rows [N, D] → [T, D], each token's sum over its experts of weight · row."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class _Sorted:
+    weights: Tensor
+    """[T, K]"""
+    place: Tensor
+    """[N] row that assignment t·K + k was sorted to."""
+
+
+class LocalDispatcher:
+    """All experts in this process: one stable sort by expert, no token dropped."""
+
+    def dispatch(self, x: Tensor, routing: RouterOutput) -> tuple[Tensor, Tensor, _Sorted]:
+        """See ``Dispatcher``."""
+        flat = routing.experts.flatten()
+        counts = torch.bincount(flat, minlength=routing.scores.shape[-1])
+        order = flat.argsort(stable=True)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        rows: Tensor = _Gather.apply(x, order, place, routing.experts.shape[-1])
+        return rows, counts, _Sorted(routing.weights, place)
+
+    def combine(self, rows: Tensor, state: _Sorted) -> Tensor:
+        """See ``Dispatcher``. The weighted sum is taken in the router's fp32 and cast once."""
+        tokens, top_k = state.weights.shape
+        chosen: Tensor = _Permute.apply(rows, state.place)
+        weights = state.weights.unsqueeze(1)
+        out = torch.bmm(weights, chosen.view(tokens, top_k, -1).to(weights.dtype))
+        return out.squeeze(1).to(rows.dtype)
+
+
+class _Gather(torch.autograd.Function):
+    """rows[i] = x[order[i] // K]. The backward is a gather and a sum over K, where autograd's would scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, place: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.top_k = top_k
+        return x.index_select(0, order // top_k)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (place,) = ctx.saved_tensors
+        return grads[0].index_select(0, place).unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
+
+
+class _Permute(torch.autograd.Function):
+    """out[i] = rows[place[i]] for a permutation ``place``: the backward writes each row once and adds nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return rows.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (place,) = ctx.saved_tensors
+        return torch.empty_like(grads[0]).index_copy_(0, place, grads[0]), None

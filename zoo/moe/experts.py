@@ -1,0 +1,69 @@
+"""The routed experts as stacked parameters, and the ways of computing them.
+
+Shapes: N routed rows sorted by expert, E experts, D model, F FFN.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Experts(nn.Module):
+    """E SwiGLU networks. Parameters: ``gate_up`` [E, 2, F, D] (gate, then up) and ``down`` [E, D, F]."""
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(num_experts, 2, intermediate_size, hidden_size))
+        self.down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """rows [N, D], counts [E] int64 rows of each expert in turn → [N, D]."""
+        if grouped_applies(rows):
+            return experts_grouped(rows, counts, self.gate_up, self.down)
+        return experts_split(rows, counts, self.gate_up, self.down)
+
+
+def experts_loop(rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The readable reference, and the tests' oracle: one expert after the other.
+
+    Args:
+        rows: [N, D], sorted by expert. counts: [E] int64. gate_up: [E, 2, F, D]. down: [E, D, F].
+
+    Returns:
+        [N, D].
+    """
+    out, start = [], 0
+    for expert, count in enumerate(counts.tolist()):
+        x = rows[start : start + count]
+        gate, up = F.linear(x, gate_up[expert, 0]), F.linear(x, gate_up[expert, 1])
+        out.append(F.linear(F.silu(gate) * up, down[expert]))
+        start += count
+    return torch.cat(out)
+
+
+def experts_split(rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Arguments and result as ``experts_loop``; gate and up in one product, and no expert without rows is touched.
+
+    ``unbind`` and not indexing: the backward of indexing writes a whole [E, …] gradient for every expert.
+    """
+    sizes = counts.tolist()
+    out = []
+    for x, up, dn in zip(rows.split(sizes), gate_up.flatten(1, 2).unbind(), down.unbind(), strict=True):
+        if len(x):
+            gate, value = F.linear(x, up).chunk(2, dim=-1)
+            out.append(F.linear(F.silu(gate) * value, dn))
+    return torch.cat(out) if out else rows
+
+
+def experts_grouped(rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Arguments and result as ``experts_loop``; all experts in two grouped matrix products, without host traffic."""
+    ends = counts.cumsum(0).to(torch.int32)
+    gate, up = F.grouped_mm(rows, gate_up.flatten(1, 2).mT, offs=ends).chunk(2, dim=-1)
+    return F.grouped_mm(F.silu(gate) * up, down.mT, offs=ends)
+
+
+def grouped_applies(rows: Tensor) -> bool:
+    """torch's CUDA kernel takes bf16; on the CPU the split products are as fast or faster (docs/architecture.md)."""
+    return rows.is_cuda and rows.dtype == torch.bfloat16

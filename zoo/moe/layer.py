@@ -1,0 +1,45 @@
+"""The mixture-of-experts feed-forward layer.
+
+Shapes: B batch, S sequence, T = B·S tokens, D model, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from zoo.config import ModelConfig
+from zoo.layers.ffn import SwiGLU
+from zoo.moe.dispatch import Dispatcher, LocalDispatcher
+from zoo.moe.experts import Experts
+from zoo.moe.router import Router, RouterOutput
+
+
+class MoE(nn.Module):
+    """y = Σ_k weight_k · expert_k(x) + [sigmoid(g x)] · shared(x) (arXiv 2401.06066, equations 9 to 11)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        moe = config.moe
+        assert moe is not None
+        self.router = Router(config.hidden_size, moe)
+        self.experts = Experts(moe.num_experts, config.hidden_size, moe.moe_intermediate_size)
+        self.shared_experts = (
+            SwiGLU(config.hidden_size, moe.num_shared_experts * moe.moe_intermediate_size)
+            if moe.num_shared_experts
+            else None
+        )
+        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if moe.shared_expert_gate else None
+        self.dispatcher: Dispatcher = LocalDispatcher()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, RouterOutput]:
+        """x [B, S, D] → ([B, S, D], the routing of the T tokens)."""
+        tokens = x.flatten(0, 1)
+        routing = self.router(tokens)
+        rows, counts, state = self.dispatcher.dispatch(tokens, routing)
+        out = self.dispatcher.combine(self.experts(rows, counts), state).view_as(x)
+        if self.shared_experts is not None:
+            shared = self.shared_experts(x)
+            if self.shared_expert_gate is not None:
+                shared = shared * self.shared_expert_gate(x).sigmoid()
+            out = out + shared
+        return out, routing

@@ -1,0 +1,100 @@
+"""Which experts a token goes to, and with what weight.
+
+Shapes: T tokens, D model, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.config import MoEConfig
+
+
+@dataclass(frozen=True, eq=False)
+class RouterOutput:
+    """All that balance losses and statistics need to know of one layer's routing. Floats are fp32."""
+
+    logits: Tensor
+    """[T, E]"""
+    scores: Tensor
+    """[T, E], softmax or sigmoid of the logits."""
+    weights: Tensor
+    """[T, K], what each chosen expert's output is multiplied with."""
+    experts: Tensor
+    """[T, K] int64, the chosen experts, distinct in a row."""
+
+
+class Router(nn.Module):
+    """s = score(W x); choose the K best of s + b among the best groups; weights from s, never from s + b.
+
+    Softmax with ``norm_topk_prob`` is Mixtral (arXiv 2401.04088, section 2.1); without, and with groups scored by
+    their maximum, DeepSeek-V2 (arXiv 2405.04434, section 2.2); sigmoid, bias and groups scored by the sum of their
+    two best, DeepSeek-V3 (arXiv 2412.19437, equations 12 to 16). All in fp32, also under autocast: half precision
+    makes ties, and ties choose wrong experts.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, hidden_size: int, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
+        self.register_buffer("bias", torch.zeros(config.num_experts) if config.router_bias else None)
+
+    def forward(self, x: Tensor) -> RouterOutput:
+        """x [T, D] → RouterOutput."""
+        c = self.config
+        with torch.autocast(x.device.type, enabled=False):
+            exact = torch.promote_types(x.dtype, torch.float32)
+            logits = F.linear(x.to(exact), self.weight.to(exact))
+            scores = logits.softmax(dim=-1) if c.score_func == "softmax" else logits.sigmoid()
+            choice = scores.detach() if self.bias is None else scores.detach() + self.bias
+            if c.num_groups > 1:
+                choice = limit_groups(choice, c.num_groups, c.top_k_groups, c.group_score)
+            experts = choice.topk(c.top_k, dim=-1).indices
+            weights = scores.gather(-1, experts)
+            if c.norm_topk_prob:
+                # Sigmoid scores may all underflow; softmax ones are untouched by 1e-20 in fp32.
+                weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+            return RouterOutput(logits, scores, weights * c.routed_scaling_factor, experts)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Casting the model leaves the selection bias in fp32: its updates of 1e-3 vanish in bf16."""
+        bias = self.bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.bias is not None and self.bias.dtype != bias.dtype:
+            self.bias = bias.to(self.bias.device)
+        return self
+
+
+def limit_groups(scores: Tensor, num_groups: int, top_k_groups: int, group_score: Literal["max", "top2_sum"]) -> Tensor:
+    """scores [T, E] → the same with -inf outside each token's best ``top_k_groups`` groups of neighbouring experts.
+
+    -inf and not 0: with a negative selection bias 0 would beat experts of the chosen groups.
+    """
+    groups = scores.unflatten(-1, (num_groups, -1))
+    value = groups.amax(dim=-1) if group_score == "max" else groups.topk(2, dim=-1).values.sum(dim=-1)
+    best = value.topk(top_k_groups, dim=-1).indices
+    outside = torch.ones_like(value, dtype=torch.bool).scatter(-1, best, False)
+    return groups.masked_fill(outside.unsqueeze(-1), float("-inf")).flatten(-2)
+
+
+@torch.no_grad()
+def update_selection_bias(bias: Tensor, counts: Tensor, rate: float) -> None:
+    """Loss-free balancing (arXiv 2408.15664, algorithm 1): b += rate · sign(mean load − load), in place.
+
+    Call once after each optimizer step.
+
+    Args:
+        bias: [E] fp32, ``Router.bias``.
+        counts: [E] assignments to each expert over all tokens of the step (micro-batches and data ranks summed).
+        rate: γ, 1e-3 in the paper.
+    """
+    load = counts.to(bias.dtype)
+    bias += rate * torch.sign(load.mean() - load)

@@ -1,0 +1,37 @@
+"""What the routing of one layer looks like, as numbers to log and plot.
+
+Shapes: B batch, S sequence, T = B·S tokens, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from zoo.moe.router import RouterOutput
+
+
+def expert_counts(output: RouterOutput, token_mask: Tensor | None = None) -> Tensor:
+    """[E] int64, assignments to each expert; tokens whose ``token_mask`` [B, S] is False are left out."""
+    experts = output.experts if token_mask is None else output.experts[token_mask.flatten()]
+    return torch.bincount(experts.flatten(), minlength=output.scores.shape[-1])
+
+
+def expert_load(counts: Tensor) -> Tensor:
+    """counts [..., E] → fraction of the assignments that each expert got, [..., E] fp32; sums to 1."""
+    counts = counts.float()
+    return counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+def load_entropy(load: Tensor) -> Tensor:
+    """load [..., E] → [...], entropy over its maximum ln E: 1 is uniform, 0 is all on one expert."""
+    if load.shape[-1] == 1:
+        return torch.ones_like(load[..., 0])
+    return torch.special.entr(load).sum(dim=-1) / math.log(load.shape[-1])
+
+
+def max_over_mean(load: Tensor) -> Tensor:
+    """load [..., E] → [...], the busiest expert's load over the mean: 1 is balanced, E is collapsed."""
+    return load.amax(dim=-1) * load.shape[-1]
