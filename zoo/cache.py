@@ -24,6 +24,10 @@ class LayerCache:
             buffer[..., past:end, :] = values
         return tuple(buffer[..., :end, :] for buffer in self.buffers)
 
+    def keep_rows(self, rows: Tensor) -> None:
+        """Keep the batch rows numbered in ``rows`` [rows kept] int64."""
+        self.buffers = tuple(buffer[rows] for buffer in self.buffers)
+
 
 class Cache:
     """The caches of all layers, which slots are filled, and which of those are padding."""
@@ -70,3 +74,11 @@ class Cache:
         if not 0 <= length <= self.length:
             raise ValueError(f"length = {length}: give a number between 0 and the {self.length} filled slots")
         self.length = length
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Keep the batch rows numbered in ``rows`` [rows kept] int64, in that order: the others are finished."""
+        for layer in self.layers:
+            layer.keep_rows(rows)
+        if self._valid is not None:
+            self._valid = self._valid[rows]
+        self.batch_size = len(rows)
