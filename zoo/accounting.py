@@ -1,0 +1,244 @@
+"""What a model costs, from its config alone: parameters, active parameters, FLOPs, bytes of weights and of cache.
+
+Nothing is built and no tensor is allocated: a card of a 671B model takes a millisecond.
+
+Conventions
+    *Parameters* are the trained elements. The fp32 selection bias of a router (``moe.router_bias``) is a buffer that no
+    gradient reaches: it is counted in ``count_buffers`` and in ``weight_bytes``, not here.
+    *Active* parameters are those that the computation of one token may read: everything except the routed experts
+    that were not chosen. Both vocabulary matrices count in full, as in Mixtral's and Qwen's published figures;
+    ``active_without_embedding`` leaves the input table out (a token reads one row of it), as DeepSeek-V2 and V3 do.
+    *FLOPs* are those of matrix products, a multiply-add being two: twice the weights that a token is multiplied with
+    (the output head included, tied or not; the embedding look-up not), plus attention scores and values over the
+    positions that a causal query really sees, averaged over a sequence. Training is three times the forward pass (the
+    backward pass multiplies by weights and by activations, arXiv 2001.08361 section 2.1); recomputation is not counted.
+
+Shapes: D model, H heads, S sequence, V vocabulary, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from zoo.config import AttentionConfig, MLAConfig, ModelConfig, MoEConfig
+
+TRAINING_OVER_FORWARD = 3
+FP32_BYTES, BF16_BYTES = 4, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerParameters:
+    """Parameters of one layer, by block."""
+
+    norms: int
+    """The two RMSNorms before mixer and FFN."""
+    mixer: int
+    """Attention or MLA with the norms and biases inside it."""
+    dense_ffn: int = 0
+    router: int = 0
+    routed_experts: int = 0
+    """All E experts."""
+    active_experts: int = 0
+    """The K of them that one token goes through."""
+    shared_experts: int = 0
+    """With their gate, where there is one."""
+
+    @property
+    def total(self) -> int:
+        return self.norms + self.mixer + self.dense_ffn + self.router + self.routed_experts + self.shared_experts
+
+    @property
+    def active(self) -> int:
+        return self.total - self.routed_experts + self.active_experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Parameters of a model, by block."""
+
+    embedding: int
+    lm_head: int
+    """0 where the embedding is tied to it."""
+    final_norm: int
+    layers: tuple[LayerParameters, ...]
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.lm_head + self.final_norm + sum(layer.total for layer in self.layers)
+
+    @property
+    def active(self) -> int:
+        return self.embedding + self.lm_head + self.final_norm + sum(layer.active for layer in self.layers)
+
+    @property
+    def active_without_embedding(self) -> int:
+        """Active parameters less the input table, unless that table is the output head as well."""
+        return self.active - (self.embedding if self.lm_head else 0)
+
+
+def count_parameters(config: ModelConfig) -> Parameters:
+    """Parameters of the model that ``config`` describes, equal to those of ``Decoder(config)``."""
+    vocabulary = config.vocab_size * config.hidden_size
+    return Parameters(
+        embedding=vocabulary,
+        lm_head=0 if config.tie_word_embeddings else vocabulary,
+        final_norm=config.hidden_size,
+        layers=tuple(_layer(config, layer) for layer in range(config.num_layers)),
+    )
+
+
+def count_buffers(config: ModelConfig) -> int:
+    """Elements of the fp32 selection biases, which a checkpoint holds beside the parameters."""
+    if config.moe is None or not config.moe.router_bias:
+        return 0
+    return config.moe.num_experts * _num_moe_layers(config)
+
+
+def weight_bytes(config: ModelConfig, itemsize: int) -> int:
+    """Bytes of a checkpoint whose parameters take ``itemsize`` bytes each; selection biases stay fp32."""
+    return count_parameters(config).total * itemsize + count_buffers(config) * FP32_BYTES
+
+
+def cache_elements_per_token(config: ModelConfig) -> int:
+    """Elements that a KV cache holds per token, over all layers.
+
+    For MLA the latent and the one rotary key (arXiv 2405.04434, table 1); otherwise keys and values of every KV head.
+    """
+    if config.mla:
+        return (config.mla.kv_lora_rank + config.mla.qk_rope_head_dim) * config.num_layers
+    attention = _attention(config)
+    return 2 * attention.num_kv_heads * attention.head_dim * config.num_layers
+
+
+def forward_flops(config: ModelConfig, sequence_length: int) -> float:
+    """FLOPs of the forward pass per token, averaged over a causal sequence of ``sequence_length`` tokens.
+
+    Raises:
+        ValueError: ``sequence_length`` is below 1.
+    """
+    if sequence_length < 1:
+        raise ValueError(f"sequence_length = {sequence_length}: give a positive number of tokens")
+    parameters = count_parameters(config)
+    weights = config.vocab_size * config.hidden_size
+    for layer in range(config.num_layers):
+        weights += parameters.layers[layer].active - _non_matmul(config)
+    return 2.0 * weights + _attention_flops(config, sequence_length) * config.num_layers
+
+
+def training_flops(config: ModelConfig, sequence_length: int) -> float:
+    """FLOPs of the forward and backward pass per token, averaged over a sequence of ``sequence_length`` tokens."""
+    return TRAINING_OVER_FORWARD * forward_flops(config, sequence_length)
+
+
+def summary(config: ModelConfig, sequence_length: int) -> dict[str, Any]:
+    """All of the above as plain data for a JSON file; FLOPs are per token at ``sequence_length``."""
+    parameters = count_parameters(config)
+    cache = cache_elements_per_token(config)
+    return {
+        "parameters": {
+            "total": parameters.total,
+            "active": parameters.active,
+            "active_without_embedding": parameters.active_without_embedding,
+            "embedding": parameters.embedding,
+            "lm_head": parameters.lm_head,
+            "final_norm": parameters.final_norm,
+            "layers": [{**asdict(p), "total": p.total, "active": p.active} for p in parameters.layers],
+        },
+        "buffers": count_buffers(config),
+        "flops_per_token": {
+            "sequence_length": sequence_length,
+            "forward": forward_flops(config, sequence_length),
+            "training": training_flops(config, sequence_length),
+        },
+        "cache_bytes_per_token": {"fp32": cache * FP32_BYTES, "bf16": cache * BF16_BYTES},
+        "weight_bytes": {"fp32": weight_bytes(config, FP32_BYTES), "bf16": weight_bytes(config, BF16_BYTES)},
+    }
+
+
+def _layer(config: ModelConfig, layer: int) -> LayerParameters:
+    width = config.hidden_size
+    mixer = _mla_parameters(width, config.mla) if config.mla else _attention_parameters(width, _attention(config))
+    if not config.is_moe_layer(layer):
+        return LayerParameters(norms=2 * width, mixer=mixer, dense_ffn=_swiglu(width, config.intermediate_size))
+    moe = _moe(config)
+    expert = _swiglu(width, moe.moe_intermediate_size)
+    return LayerParameters(
+        norms=2 * width,
+        mixer=mixer,
+        router=moe.num_experts * width,
+        routed_experts=moe.num_experts * expert,
+        active_experts=moe.top_k * expert,
+        shared_experts=moe.num_shared_experts * expert + (width if moe.shared_expert_gate else 0),
+    )
+
+
+def _swiglu(hidden_size: int, width: int) -> int:
+    """Gate, up and down projection."""
+    return 3 * hidden_size * width
+
+
+def _attention_parameters(hidden_size: int, a: AttentionConfig) -> int:
+    queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+    weights = hidden_size * (queries + 2 * keys) + queries * hidden_size
+    return weights + _attention_vectors(hidden_size, a)
+
+
+def _attention_vectors(hidden_size: int, a: AttentionConfig) -> int:
+    """Biases and the norms of queries and keys: parameters that no token is matrix-multiplied with."""
+    bias = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim if a.qkv_bias else 0
+    return bias + (hidden_size if a.output_bias else 0) + (2 * a.head_dim if a.qk_norm else 0)
+
+
+def _mla_parameters(hidden_size: int, m: MLAConfig) -> int:
+    queries = m.num_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim)
+    if m.q_lora_rank is None:
+        query_weights = hidden_size * queries
+    else:
+        query_weights = hidden_size * m.q_lora_rank + m.q_lora_rank * queries
+    down = hidden_size * (m.kv_lora_rank + m.qk_rope_head_dim)
+    up = m.kv_lora_rank * m.num_heads * (m.qk_nope_head_dim + m.v_head_dim)
+    output = m.num_heads * m.v_head_dim * hidden_size
+    return query_weights + down + up + output + _mla_vectors(m)
+
+
+def _mla_vectors(m: MLAConfig) -> int:
+    """The norms of the two latents."""
+    return m.kv_lora_rank + (m.q_lora_rank or 0)
+
+
+def _non_matmul(config: ModelConfig) -> int:
+    """Parameters of one layer that are added or multiplied element by element: norms and biases."""
+    inside = _mla_vectors(config.mla) if config.mla else _attention_vectors(config.hidden_size, _attention(config))
+    return 2 * config.hidden_size + inside
+
+
+def _attention_flops(config: ModelConfig, sequence_length: int) -> float:
+    """FLOPs per token and layer of scores (q·k) and of the weighted sum of values, keys and values expanded."""
+    if config.mla:
+        heads, window = config.mla.num_heads, None
+        sizes = config.mla.qk_nope_head_dim + config.mla.qk_rope_head_dim + config.mla.v_head_dim
+    else:
+        attention = _attention(config)
+        heads, window, sizes = attention.num_heads, attention.sliding_window, 2 * attention.head_dim
+    return 2.0 * heads * sizes * _mean_visible(sequence_length, window)
+
+
+def _mean_visible(sequence_length: int, window: int | None) -> float:
+    """Mean over positions i = 0 … S - 1 of min(i + 1, window): how many positions a causal query sees."""
+    ramp = min(window or sequence_length, sequence_length)
+    return (ramp * (ramp + 1) / 2 + (sequence_length - ramp) * ramp) / sequence_length
+
+
+def _num_moe_layers(config: ModelConfig) -> int:
+    return sum(config.is_moe_layer(layer) for layer in range(config.num_layers))
+
+
+def _attention(config: ModelConfig) -> AttentionConfig:
+    assert config.attention is not None, "a validated config has attention or mla"
+    return config.attention
+
+
+def _moe(config: ModelConfig) -> MoEConfig:
+    assert config.moe is not None, "is_moe_layer holds only with a moe block"
+    return config.moe
