@@ -1,0 +1,75 @@
+"""The families of published models: each a module that exports ``FAMILY``, found here by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from zoo.config import ModelConfig
+from zoo.families import (
+    deepseek_moe,
+    deepseek_v2,
+    deepseek_v3,
+    llama,
+    mistral,
+    mixtral,
+    qwen2,
+    qwen2_moe,
+    qwen3_moe,
+)
+from zoo.families.base import Family
+
+_MODULES = (llama, mistral, qwen2, mixtral, qwen2_moe, qwen3_moe, deepseek_moe, deepseek_v2, deepseek_v3)
+
+FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
+"""Name → family, plainest first: the order in which ``expressible`` tries them."""
+
+
+def get_family(name: str) -> Family:
+    """The family ``name``.
+
+    Raises:
+        ValueError: there is none, naming the nearest.
+    """
+    if name not in FAMILIES:
+        close = difflib.get_close_matches(name, FAMILIES, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"families are {', '.join(FAMILIES)}"
+        raise ValueError(f"family = {name!r} is unknown; {hint}")
+    return FAMILIES[name]
+
+
+def family_of(hf: Mapping[str, Any], where: str = "config.json") -> Family:
+    """The family of a published ``config.json``, by its ``model_type``.
+
+    Raises:
+        ValueError: no family has it.
+    """
+    model_type = hf.get("model_type")
+    for family in FAMILIES.values():
+        if family.model_type == model_type:
+            architectures = hf.get("architectures") or [family.architectures[0]]
+            if architectures[0] not in family.architectures:
+                raise ValueError(
+                    f"{where}: architectures = {architectures} is not supported; only {family.architectures[0]} is"
+                )
+            return family
+    known = ", ".join(family.model_type for family in FAMILIES.values())
+    raise ValueError(f"{where}: model_type = {model_type!r} is not supported; it must be one of {known}")
+
+
+def expressible(config: ModelConfig) -> str:
+    """Name of the first family that can hold ``config``: how a derived model, such as a dense twin, gets one.
+
+    Raises:
+        ValueError: none can, saying why for each.
+    """
+    reasons = []
+    for family in FAMILIES.values():
+        try:
+            family.to_hf(config)
+        except ValueError as error:
+            reasons.append(str(error))
+        else:
+            return family.name
+    raise ValueError("no family can express this model: " + "; ".join(reasons))

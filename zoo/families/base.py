@@ -1,0 +1,90 @@
+"""What a family of published models is: how its ``config.json`` and its tensors map to ours, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from zoo.config import ModelConfig
+from zoo.families.fields import Fields
+from zoo.weights.ops import Op
+
+Layout = Literal["per_expert", "fused"]
+"""``per_expert``: a tensor an expert and matrix, as on the hub. ``fused``: one 3-D tensor a layer and matrix, as
+transformers 5 holds them in memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One published architecture.
+
+    ``read`` and ``write`` are the bare mappings of a module of ``zoo/families``; callers use ``from_hf`` and ``to_hf``,
+    which check that nothing was lost.
+    """
+
+    name: str
+    model_type: str
+    """``model_type`` of its config.json."""
+    architectures: tuple[str, ...]
+    """Class names in its config.json; the first is written on export."""
+    read: Callable[[Fields], ModelConfig]
+    write: Callable[[ModelConfig], dict[str, Any]]
+    map_weights: Callable[[ModelConfig, Layout], list[Op]]
+    ignored: Callable[[Mapping[str, Any]], tuple[str, ...]] = field(default=lambda hf: ROTARY_BUFFERS)
+    """config.json → regular expressions of tensors that are left out on purpose, and nothing else is."""
+
+    def from_hf(self, hf: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+        """Architecture that a published config.json describes, in the spelling of transformers 4 or 5.
+
+        Raises:
+            ValueError: a field is missing, unknown, or asks for maths that the zoo's blocks do not have.
+        """
+        if hf.get("quantization_config") is not None:
+            method = hf["quantization_config"].get("quant_method", "unknown")
+            raise ValueError(
+                f"{where}: quantization_config (method {method}) is not supported; use the bf16, fp16 or fp32 weights"
+            )
+        fields = Fields(hf, where)
+        try:
+            config = self.read(fields)
+        except ValueError as error:
+            # What ModelConfig itself refuses does not say which file the value came from.
+            raise error if where in str(error) else ValueError(f"{where}: {error}") from None
+        fields.finish()
+        return config
+
+    def to_hf(self, config: ModelConfig) -> dict[str, Any]:
+        """config.json of ``config``, readable by transformers 4 and 5.
+
+        Raises:
+            ValueError: naming the first field that this family cannot express.
+        """
+        hf = {"architectures": [self.architectures[0]], "model_type": self.model_type, **self.write(config)}
+        try:
+            back = self.from_hf(hf, f"family {self.name}")
+        except ValueError as error:
+            raise ValueError(f"family {self.name} cannot express this model: {error}") from None
+        if back != config:
+            raise ValueError(f"family {self.name} cannot express {_first_difference(config, back)}")
+        return hf
+
+    def weight_map(self, config: ModelConfig, layout: Layout = "per_expert") -> list[Op]:
+        """Operations that use every published tensor once and fill every parameter once."""
+        return self.map_weights(config, layout)
+
+
+ROTARY_BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+"""Frequencies that old checkpoints stored; they follow from the config."""
+
+
+def _first_difference(ours: Any, theirs: Any, where: str = "") -> str:
+    for f in dataclasses.fields(ours):
+        a, b = getattr(ours, f.name), getattr(theirs, f.name)
+        if a == b:
+            continue
+        if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
+            return _first_difference(a, b, f"{where}{f.name}.")
+        return f"{where}{f.name} = {a} (it would be read back as {b})"
+    raise AssertionError("no difference")

@@ -1,0 +1,96 @@
+"""Weight maps: the names that published checkpoints give to the parameters of ``zoo.model.Decoder``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from zoo.config import ModelConfig
+from zoo.families.base import Layout
+from zoo.weights.ops import Op, Rename, Split, Stack
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoENames:
+    """What a family calls the parts of a MoE layer in its per-expert layout.
+
+    The fused layout is transformers' own and the same for all: ``mlp.experts.gate_up_proj`` and ``down_proj``.
+    """
+
+    block: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    shared_experts: str = "shared_experts"
+
+
+def decoder_map(config: ModelConfig, layout: Layout, names: MoENames = MoENames()) -> list[Op]:  # noqa: B008 frozen
+    """The whole weight map of a decoder; every family here differs by ``names`` only."""
+    ops: list[Op] = [
+        Rename("model.embed_tokens.weight", "embed_tokens.weight"),
+        Rename("model.norm.weight", "norm.weight"),
+    ]
+    if not config.tie_word_embeddings:
+        ops.append(Rename("lm_head.weight", "lm_head.weight"))
+    for i in range(config.num_layers):
+        theirs, ours = f"model.layers.{i}", f"layers.{i}"
+        ops.append(Rename(f"{theirs}.input_layernorm.weight", f"{ours}.mixer_norm.weight"))
+        ops.append(Rename(f"{theirs}.post_attention_layernorm.weight", f"{ours}.ffn_norm.weight"))
+        for their_part, our_part in _mixer(config):
+            ops.append(Rename(f"{theirs}.self_attn.{their_part}", f"{ours}.mixer.{our_part}"))
+        if config.is_moe_layer(i):
+            block = names.block if layout == "per_expert" else "mlp"
+            ops.extend(_moe(config, layout, names, f"{theirs}.{block}", f"{ours}.ffn"))
+        else:
+            ops.extend(_swiglu(f"{theirs}.mlp", f"{ours}.ffn"))
+    return ops
+
+
+def _mixer(config: ModelConfig) -> Iterator[tuple[str, str]]:
+    """(published, our) names of one attention block."""
+    if config.attention:
+        for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            yield f"{part}.weight", f"{part}.weight"
+            if config.attention.output_bias if part == "o_proj" else config.attention.qkv_bias:
+                yield f"{part}.bias", f"{part}.bias"
+        if config.attention.qk_norm:
+            yield "q_norm.weight", "q_norm.weight"
+            yield "k_norm.weight", "k_norm.weight"
+        return
+    assert config.mla is not None
+    if config.mla.q_lora_rank is None:
+        yield "q_proj.weight", "q_proj.weight"
+    else:
+        yield "q_a_proj.weight", "q_a_proj.weight"
+        yield "q_a_layernorm.weight", "q_a_norm.weight"
+        yield "q_b_proj.weight", "q_b_proj.weight"
+    yield "kv_a_proj_with_mqa.weight", "kv_a_proj.weight"
+    yield "kv_a_layernorm.weight", "kv_a_norm.weight"
+    yield "kv_b_proj.weight", "kv_b_proj.weight"
+    yield "o_proj.weight", "o_proj.weight"
+
+
+def _swiglu(theirs: str, ours: str) -> Iterator[Op]:
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        yield Rename(f"{theirs}.{part}.weight", f"{ours}.{part}.weight")
+
+
+def _moe(config: ModelConfig, layout: Layout, names: MoENames, theirs: str, ours: str) -> Iterator[Op]:
+    moe = config.moe
+    assert moe is not None
+    yield Rename(f"{theirs}.gate.weight", f"{ours}.router.weight")
+    if moe.router_bias:
+        yield Rename(f"{theirs}.gate.e_score_correction_bias", f"{ours}.router.bias")
+    if layout == "fused":
+        yield Split(f"{theirs}.experts.gate_up_proj", f"{ours}.experts.gate_up", dim=1, parts=2)
+        yield Rename(f"{theirs}.experts.down_proj", f"{ours}.experts.down")
+    else:
+        experts = [f"{theirs}.experts.{e}" for e in range(moe.num_experts)]
+        gate_up = tuple(f"{expert}.{part}.weight" for expert in experts for part in (names.gate, names.up))
+        yield Stack(gate_up, f"{ours}.experts.gate_up", leading=(moe.num_experts, 2))
+        down = tuple(f"{expert}.{names.down}.weight" for expert in experts)
+        yield Stack(down, f"{ours}.experts.down", leading=(moe.num_experts,))
+    if moe.num_shared_experts:
+        yield from _swiglu(f"{theirs}.{names.shared_experts}", f"{ours}.shared_experts")
+    if moe.shared_expert_gate:
+        yield Rename(f"{theirs}.shared_expert_gate.weight", f"{ours}.shared_expert_gate.weight")
