@@ -1,0 +1,60 @@
+"""Attention over a layout against a softmax written out, and flash-attn against that on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from zoo.layers.attend import attend, flash_available
+from zoo.layers.sequence import SequenceLayout, sequence_layout
+
+SCALE = 0.3
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+    mask = layout.mask
+    if mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+    scores = (q @ k.mT * SCALE).masked_fill(~mask, float("-inf"))
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def layouts(device: str) -> list[SequenceLayout]:
+    ids = torch.zeros(2, 12, dtype=torch.long, device=device)
+    documents = torch.tensor([[0] * 5 + [1] * 7, [0] * 12], device=device)
+    left = torch.tensor([[0] * 4 + [1] * 8, [1] * 12], device=device)
+    cases = [
+        {"attention_mask": None, "document_ids": None, "window": None},
+        {"attention_mask": None, "document_ids": documents, "window": None},
+        {"attention_mask": left, "document_ids": None, "window": None},
+        {"attention_mask": left.flip(1), "document_ids": documents, "window": 3},
+        {"attention_mask": None, "document_ids": None, "window": 4},
+    ]
+    return [sequence_layout(ids, past=0, past_valid=None, **case) for case in cases]
+
+
+def qkv(device: str, dtype: torch.dtype, v_size: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = ((4, 16), (2, 16), (2, v_size))
+    q, k, v = (torch.randn(2, heads, 12, size, device=device, dtype=dtype) for heads, size in sizes)
+    return q, k, v
+
+
+@pytest.mark.parametrize("case", range(5))
+@pytest.mark.parametrize("v_size", [16, 8])
+def test_attend_equals_the_softmax_written_out(case: int, v_size: int) -> None:
+    layout = layouts("cpu")[case]
+    q, k, v = qkv("cpu", torch.float64, v_size)
+    torch.testing.assert_close(attend(q, k, v, layout, SCALE), written_out(q, k, v, layout))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", range(5))
+def test_flash_equals_the_softmax_written_out(case: int) -> None:
+    assert flash_available(), "install the gpu extra"
+    layout = layouts("cuda")[case]
+    q, k, v = qkv("cuda", torch.bfloat16)
+    expected = written_out(q.float(), k.float(), v.float(), layout)
+    assert (attend(q, k, v, layout, SCALE).float() - expected).abs().max() < 0.02

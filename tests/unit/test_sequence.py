@@ -1,0 +1,85 @@
+"""Masks and positions for padding, packing, caches and windows, against a rule written per pair of tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zoo.layers.sequence import positions_in_runs, sequence_layout
+
+NONE = {"attention_mask": None, "document_ids": None, "past": 0, "past_valid": None, "window": None}
+
+
+def brute_force(segments: list[list[int]], past: int, window: int | None) -> torch.Tensor:
+    rows, keys = len(segments), len(segments[0])
+    mask = torch.zeros(rows, 1, keys - past, keys, dtype=torch.bool)
+    for b in range(rows):
+        for q in range(past, keys):
+            for k in range(q + 1):
+                near = window is None or q - k < window
+                mask[b, 0, q - past, k] = near and segments[b][q] == segments[b][k]
+    return mask
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=3),
+    left=st.booleans(),
+    past=st.integers(0, 4),
+    new=st.integers(1, 5),
+    window=st.none() | st.integers(1, 6),
+)
+def test_padding_mask_is_the_rule(lengths: list[int], left: bool, past: int, new: int, window: int | None) -> None:
+    keys = past + new
+    valid = torch.zeros(len(lengths), keys, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        length = min(length, keys)
+        valid[row, keys - length :] = left
+        valid[row, :length] |= not left
+    layout = sequence_layout(
+        torch.zeros(len(lengths), new, dtype=torch.long),
+        **{
+            **NONE,
+            "attention_mask": valid[:, past:].long(),
+            "past": past,
+            "past_valid": valid[:, :past] if past else None,
+            "window": window,
+        },
+    )
+    segments = [[0 if v else -1 for v in row] for row in valid.tolist()]
+    assert torch.equal(layout.mask, brute_force(segments, past, window))
+    for row in range(len(lengths)):
+        expected = [int(valid[row, : k + 1].sum()) - 1 for k in range(past, keys) if valid[row, k]]
+        assert layout.positions[row][valid[row, past:]].tolist() == expected
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.none() | st.integers(1, 4))
+def test_documents_never_see_each_other(lengths: list[int], window: int | None) -> None:
+    ids = torch.tensor([[d for d, n in enumerate(lengths) for _ in range(n)]])
+    layout = sequence_layout(ids, **{**NONE, "document_ids": ids, "window": window})
+    assert torch.equal(layout.mask, brute_force(ids.tolist(), 0, window))
+    assert layout.positions.tolist() == [[i for n in lengths for i in range(n)]]
+    assert layout.run_offsets.tolist() == [0, *torch.tensor(lengths).cumsum(0).tolist()]
+
+
+def test_plain_causality_needs_no_mask() -> None:
+    layout = sequence_layout(torch.zeros(3, 4, dtype=torch.long), **NONE)
+    assert layout.mask is None and layout.is_causal
+    assert layout.run_offsets.tolist() == [0, 4, 8, 12]
+    step = sequence_layout(torch.zeros(3, 1, dtype=torch.long), **{**NONE, "past": 9})
+    assert step.mask is None and not step.is_causal and step.positions.tolist() == [[9]]
+
+
+def test_runs_restart_positions_even_where_an_id_returns() -> None:
+    assert positions_in_runs(torch.tensor([[3, 3, 1, 3, 3, 3]])).tolist() == [[0, 1, 0, 0, 1, 2]]
+
+
+def test_bad_shapes_and_cached_documents_are_named() -> None:
+    ids = torch.zeros(2, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 3\).*\(2, 4\)"):
+        sequence_layout(ids, **{**NONE, "attention_mask": torch.ones(2, 3)})
+    with pytest.raises(ValueError, match="packed documents cannot be continued"):
+        sequence_layout(ids, **{**NONE, "document_ids": ids, "past": 2})
