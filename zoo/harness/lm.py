@@ -1,0 +1,260 @@
+"""Our decoder as a native model of lm-eval 0.4.13, registered as ``zoo``.
+
+Tokenisation, truncation and stop sequences follow lm-eval's own ``hf`` model (lm_eval/models/huggingface.py), so that a
+checkpoint scores the same through either, sample by sample. What differs is how it is computed: logits of the scored
+positions only, log-probabilities in fp32 whatever the model's dtype, and continuations that leave the batch when they
+are finished.
+
+Shapes: B batch, S sequence, D model, N scored positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from tqdm import tqdm
+
+from zoo.generation import Stop, generate
+from zoo.model import Decoder
+from zoo.tokenizer import Tokenizer
+
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
+"""The strings (or None), tokens of the context, tokens of the continuation."""
+
+SCORED_AT_ONCE = 1024
+"""Positions whose logits [.., V] are in memory together."""
+
+
+@register_model("zoo")
+class ZooLM(TemplateLM):
+    """A ``Decoder`` with its ``Tokenizer`` behind lm-eval's interface.
+
+    Args:
+        pretrained: a decoder, or anything that ``zoo.load`` takes.
+        tokenizer: by default the one that lies beside ``pretrained``; needed where that is a decoder.
+        batch_size: requests in one forward.
+        device: by default the GPU if there is one; ignored where ``pretrained`` is a decoder.
+        dtype: name of a torch dtype; ignored where ``pretrained`` is a decoder.
+        max_length: tokens of context and continuation; by default the model's positions.
+        max_gen_toks: new tokens where a task does not say.
+        add_bos_token: begin every context with BOS; by default as the tokenizer's own settings say.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | Decoder,
+        tokenizer: str | Tokenizer | None = None,
+        *,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        dtype: str = "float32",
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        add_bos_token: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(pretrained, Decoder):
+            if not isinstance(tokenizer, Tokenizer):
+                raise ValueError(f"tokenizer = {tokenizer!r}: give the Tokenizer that the decoder was trained with")
+            self.model, self.tokenizer = pretrained, tokenizer
+        else:
+            self.model, self.tokenizer = _load(pretrained, tokenizer, device, dtype)
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise ValueError(f"batch_size = {batch_size!r}: give a positive number of requests")
+        self.batch_size = int(batch_size)
+        self.max_length = max_length or self.model.config.max_position_embeddings
+        self.max_gen_toks = max_gen_toks
+        self.add_bos = self.tokenizer.add_bos if add_bos_token is None else add_bos_token
+        self._bos_text = None if self.tokenizer.bos_id is None else self.tokenizer.id_to_token(self.tokenizer.bos_id)
+        self.num_truncated = 0
+        """Requests so far whose context did not fit and lost its beginning."""
+        self._device = self.model.embed_tokens.weight.device
+
+    @property
+    def eot_token_id(self) -> int:
+        """Token that ends a text."""
+        if self.tokenizer.eos_id is None:
+            raise ValueError("the tokenizer has no end-of-text token, which lm-eval needs: name one in its eos_token")
+        return self.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Token that an empty context stands for: BOS, or end of text where there is no BOS."""
+        return self.eot_token_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids of ``string``; BOS as configured unless ``add_special_tokens`` says, once where the text spells it."""
+        if add_special_tokens is None and self._bos_text and string.startswith(self._bos_text):
+            return self.tokenizer.encode(string.removeprefix(self._bos_text), bos=True)
+        return self.tokenizer.encode(string, bos=self.add_bos if add_special_tokens is None else add_special_tokens)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of each whole text, in windows of ``max_length`` tokens that predict every token once."""
+        windows: list[Request] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for owner, (log_prob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[owner] += log_prob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    @torch.inference_mode()
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Sum of the continuation's log-probabilities and whether each of its tokens is the most probable one."""
+        # Answers to one question often differ in their last token only: equal inputs share one row of the batch.
+        sharing: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+        for number, (_, context, continuation) in enumerate(requests):
+            if not continuation or len(continuation) > self.max_length:
+                raise ValueError(
+                    f"a continuation has {len(continuation)} tokens: it must have 1 to max_length = {self.max_length}"
+                )
+            tokens = context + continuation
+            self.num_truncated += len(tokens) > self.max_length + 1
+            sharing[tuple(tokens[-(self.max_length + 1) : -1])].append(number)
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="Scoring continuations") as bar:
+            for inputs in _batches(sharing, self.batch_size):
+                numbers = [sharing[tokens] for tokens in inputs]
+                scores = self._score(inputs, [[requests[n][2] for n in shared] for shared in numbers])
+                for number, score in zip((n for shared in numbers for n in shared), scores, strict=True):
+                    results[number] = score
+                    if requests[number][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[number][0], score)
+                bar.update(sum(map(len, numbers)))
+        return results
+
+    def _score(
+        self, inputs: Sequence[Sequence[int]], continuations: Sequence[Sequence[list[int]]]
+    ) -> list[tuple[float, bool]]:
+        """Scores of the continuations that end each input (less their last token), flattened."""
+        rows, columns, targets, lengths = [], [], [], []
+        for row, (tokens, shared) in enumerate(zip(inputs, continuations, strict=True)):
+            for continuation in shared:
+                length = len(continuation)
+                rows += [row] * length
+                columns += range(len(tokens) - length, len(tokens))
+                targets += continuation
+                lengths.append(length)
+        hidden = self.model(_right_padded(inputs, self._device), logits_to_keep=1).hidden[rows, columns]
+        log_probs, greedy = self._log_probs(hidden, torch.tensor(targets, device=self._device))
+        return [
+            (float(p.sum()), bool(g.all())) for p, g in zip(log_probs.split(lengths), greedy.split(lengths), strict=True)
+        ]
+
+    def _log_probs(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [N, D], targets [N] → their log-probabilities [N] fp32, and whether each is the most probable [N]."""
+        log_probs, greedy = [], []
+        for h, target in zip(hidden.split(SCORED_AT_ONCE), targets.split(SCORED_AT_ONCE), strict=True):
+            scores = self.model.logits(h).float().log_softmax(-1)
+            log_probs.append(scores.gather(-1, target[:, None])[:, 0])
+            greedy.append(scores.argmax(-1) == target)
+        return torch.cat(log_probs).cpu(), torch.cat(greedy).cpu()
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continue each context up to a stop sequence, end of text, or the task's number of tokens."""
+        contexts = [self.tok_encode(request.args[0]) for request in requests]
+        by_settings: defaultdict[str, list[int]] = defaultdict(list)
+        for number, request in enumerate(requests):
+            by_settings[json.dumps(request.args[1], sort_keys=True)].append(number)
+        results = [""] * len(requests)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="Generating") as bar:
+            for numbers in by_settings.values():
+                settings = requests[numbers[0]].args[1]
+                for batch in _batches(numbers, self.batch_size, length=lambda n: len(contexts[n])):
+                    texts = self._continue([contexts[n] for n in batch], settings)
+                    for number, text in zip(batch, texts, strict=True):
+                        results[number] = text
+                        self.cache_hook.add_partial("generate_until", requests[number].args, text)
+                    bar.update(len(batch))
+        return results
+
+    def _continue(self, contexts: list[list[int]], settings: dict[str, Any]) -> list[str]:
+        """Continuations under one task's ``generation_kwargs``, cut before the first stop sequence."""
+        options = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
+        until = [text for text in handle_stop_sequences(options.pop("until"), eos=None) if text]
+        max_new_tokens, sampled = options.pop("max_gen_toks"), options.pop("do_sample")
+        temperature, top_k, top_p = (options.pop(name, None) for name in ("temperature", "top_k", "top_p"))
+        if options:
+            raise ValueError(f"generation_kwargs: {', '.join(map(repr, options))} is not supported; remove it")
+        room = self.max_length - max_new_tokens
+        if room < 1:
+            raise ValueError(
+                f"max_gen_toks = {max_new_tokens} leaves no room for a context in max_length = {self.max_length}; "
+                "lower it"
+            )
+        self.num_truncated += sum(len(context) > room for context in contexts)
+        new_tokens = generate(
+            self.model,
+            [context[-room:] for context in contexts],
+            max_new_tokens=max_new_tokens,
+            eos_id=self.eot_token_id,
+            stop=self._stop_at(until) if until else None,
+            **({"temperature": temperature or 1.0, "top_k": top_k, "top_p": top_p} if sampled else {}),
+        )
+        return [postprocess_generated_text(self._text(new), until, None) for new in new_tokens]
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        """Text of generated ``tokens``, of which a padded embedding may hold some that the tokenizer does not know."""
+        return self.tokenizer.decode([token for token in tokens if token < self.tokenizer.vocab_size])
+
+    def _stop_at(self, until: list[str]) -> Stop:
+        # The last tokens are looked at first, because decoding all of them after every token is quadratic.
+        tail = max(map(len, until)) + 3
+
+        def stop(_: int, tokens: list[int]) -> bool:
+            end = self._text(tokens[-tail:])
+            return any(text in end and text in self._text(tokens) for text in until)
+
+        return stop
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval notes about the model in its results."""
+        return {
+            "model_num_parameters": sum(p.numel() for p in self.model.parameters()),
+            "model_dtype": str(self.model.embed_tokens.weight.dtype),
+        }
+
+
+def _load(
+    pretrained: str, tokenizer: str | Tokenizer | None, device: str | None, dtype: str
+) -> tuple[Decoder, Tokenizer]:
+    from zoo.weights import load
+
+    known = getattr(torch, dtype, None)
+    if not isinstance(known, torch.dtype):
+        raise ValueError(f"dtype = {dtype!r}: give the name of a torch dtype, such as float32 or bfloat16")
+    model = load(pretrained, dtype=known, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = Tokenizer.load(tokenizer or pretrained)
+    return model, tokenizer
+
+
+def _batches(items: Iterable[Any], size: int, length: Callable[[Any], int] = len) -> Iterator[list[Any]]:
+    """``items`` in batches of ``size``, the longest first: little padding, and memory runs out at once or never."""
+    ordered = sorted(items, key=length, reverse=True)
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]
+
+
+def _right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """[B, S] int64, padded with token 0. No mask is needed: a causal decoder's scored positions come before it."""
+    longest = max(map(len, rows))
+    return torch.tensor([list(row) + [0] * (longest - len(row)) for row in rows], device=device)
