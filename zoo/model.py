@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mixer = Attention(config) if config.attention else MLA(config)
+        self.mixer: Attention | MLA = Attention(config) if config.attention else MLA(config)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.ffn = MoE(config) if config.is_moe_layer(layer) else SwiGLU(config.hidden_size, config.intermediate_size)
 
@@ -123,7 +124,7 @@ class Decoder(nn.Module):
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache for ``batch_size`` rows of at most ``max_length`` tokens, in the model's dtype and device."""
-        layers = [block.mixer.new_cache(batch_size, max_length) for block in self.layers]
+        layers = [cast(Block, block).mixer.new_cache(batch_size, max_length) for block in self.layers]
         return Cache(layers, batch_size, max_length)
 
 
