@@ -1,0 +1,136 @@
+"""Training checkpoints that a crash, a kill or a full disk cannot damage."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+CHECKPOINTS = "checkpoints"
+"""Folder of a run directory that holds its training checkpoints."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target, syncs to disk, then renames: a checkpoint is there in full or not at all."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write ``checkpoint`` to ``path``.
+
+        Raises:
+            OSError: the disk is full or not writable; nothing at ``path`` was touched.
+        """
+        path = Path(path)
+        aside = path.with_name(f".{path.name}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with aside.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+            _sync_directory(path.parent)
+        except (OSError, RuntimeError) as error:
+            # torch's zip writer reports a failed write as a RuntimeError of its own.
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+            reason = _cause(error)
+            raise OSError(
+                f"{path}: cannot write the checkpoint: {reason}; earlier checkpoints are intact: make room and run the "
+                "same command again to go on from the latest"
+            ) from error
+
+
+def _cause(error: BaseException) -> str:
+    """The operating system's reason where there is one, below whatever a library made of it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.strerror:
+            return seen.strerror
+        seen = seen.__cause__ or seen.__context__
+    return " ".join(str(error).split())
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a rename in ``directory`` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Checkpoint(ModelCheckpoint):
+    """Saves the whole state of training every so many optimizer steps and keeps the newest.
+
+    Args:
+        every_n_steps: Optimizer steps between two checkpoints.
+        keep: How many to keep; older ones are removed once a newer one is written.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+
+    def __init__(self, every_n_steps: int = 1000, keep: int = 1) -> None:
+        for field, value in (("every_n_steps", every_n_steps), ("keep", keep)):
+            if value < 1:
+                raise ValueError(f"checkpoint.{field} = {value}: give 1 or more")
+        super().__init__(
+            filename="step-{step:08d}",
+            auto_insert_metric_name=False,
+            save_top_k=-1,
+            every_n_train_steps=every_n_steps,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+        self.every_n_steps = every_n_steps
+        self.keep = keep
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Put the checkpoints into the run directory."""
+        self.dirpath = str(Path(trainer.default_root_dir, CHECKPOINTS).absolute())
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if due, then remove what is older than the newest ``keep``."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.is_global_zero and trainer.global_step % self.every_n_steps == 0:
+            for old in list_checkpoints(Path(trainer.default_root_dir))[: -self.keep]:
+                old.unlink()
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Complete training checkpoints of a run directory, oldest first."""
+    return sorted((run / CHECKPOINTS).glob("step-*.ckpt"))
+
+
+class RandomState(Callback):
+    """Keeps torch's random generators in the checkpoint, so that a resumed run draws what the stopped one would have.
+
+    They are put back as the first batch starts: setting up the loaders draws from them.
+    """
+
+    def __init__(self) -> None:
+        self._restore: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """States as byte tensors."""
+        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the states for the first batch."""
+        self._restore = state_dict
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Put the states back, once."""
+        if self._restore is not None:
+            torch.set_rng_state(self._restore["cpu"].cpu())
+            torch.cuda.set_rng_state_all([s.cpu() for s in self._restore["cuda"][: torch.cuda.device_count()]])
+            self._restore = None

@@ -1,0 +1,162 @@
+"""From the arguments of ``zoo fit`` to a trained checkpoint: LightningCLI in OmegaConf mode, and the run directory."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import re
+import warnings
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from zoo.training.checkpoint import AtomicCheckpointIO, Checkpoint, RandomState
+from zoo.training.data import TokenDataModule
+from zoo.training.data.store import TOKENIZER_DIR
+from zoo.training.logs import ExpertLoad, MetricsLog, build_loggers
+from zoo.training.module import ZooModule
+from zoo.training.progress import TrainingProgress
+from zoo.training.run import RunDirectory
+from zoo.weights import save_model
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "devices": 1,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    # The data never ends, so there are no epochs to validate after.
+    "check_val_every_n_epoch": None,
+    "val_check_interval": 1000,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    # The data module deals out the ranks' parts itself.
+    "use_distributed_sampler": False,
+}
+
+
+class FitCLI(LightningCLI):
+    """Parses the config, takes the run directory and makes module, data and trainer; a finished run makes none."""
+
+    run_directory: RunDirectory
+    model: ZooModule
+    datamodule: TokenDataModule
+
+    def __init__(self, argv: list[str]) -> None:
+        super().__init__(
+            ZooModule,
+            TokenDataModule,
+            args=argv,
+            run=False,
+            save_config_callback=None,
+            trainer_defaults=TRAINER_DEFAULTS,
+            parser_kwargs={"prog": "zoo fit", "parser_mode": "omegaconf", "exit_on_error": False},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """One seed, that of the weights and of torch's generator."""
+        parser.add_argument("--seed_everything", type=int, default=0, help="Seed of the weights.")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Checkpointing, and the seed of the weights."""
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.link_arguments("seed_everything", "model.seed")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse ``args``; mistakes are one line.
+
+        Raises:
+            ValueError: an unknown key or a value of the wrong type.
+        """
+        try:
+            self.config: Namespace = parser.parse_args(args)
+        except argparse.ArgumentError as error:
+            raise ValueError(_explain(str(error), parser)) from None
+
+    def before_instantiate_classes(self) -> None:
+        """Take the run directory before anything is read or made.
+
+        Raises:
+            ValueError: another process owns it, or a key that a run needs is missing.
+        """
+        trainer = self.config.trainer
+        if not trainer.default_root_dir:
+            raise ValueError("trainer.default_root_dir is missing: give the run directory, for example runs/tiny")
+        if trainer.max_steps < 1:
+            raise ValueError(f"trainer.max_steps = {trainer.max_steps}: give the number of optimizer steps")
+        self.run_directory = RunDirectory(trainer.default_root_dir)
+
+    def instantiate_classes(self) -> None:
+        """Make module, data and trainer."""
+        if not self.run_directory.finished:
+            super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer with the loggers and callbacks of every run beside those of the config."""
+        config = self.config_init.trainer
+        callbacks = [MetricsLog(), ExpertLoad(), RandomState()]
+        if config.enable_progress_bar is not False:
+            callbacks.append(TrainingProgress())
+        return super().instantiate_trainer(
+            logger=[*build_loggers(self.run_directory.path, self.run_directory.latest_step), *_listed(config.logger)],
+            callbacks=[*_listed(config.callbacks), *callbacks],
+            plugins=[*_listed(config.plugins), AtomicCheckpointIO()],
+        )
+
+
+def fit(argv: list[str]) -> int:
+    """Train as ``argv`` says and save the model to ``final`` in the run directory; a finished run is left as it is.
+
+    Raises:
+        ValueError: a mistake in the config or in a file that it names; a loss that is not finite.
+        OSError: a file cannot be read or written.
+    """
+    _quiet_libraries()
+    cli = FitCLI(argv)
+    run = cli.run_directory
+    if run.finished:
+        print(f"{run.path} is finished: the trained model is {run.final}; give another trainer.default_root_dir to train anew")
+        return 0
+    cli.model.check_vocabulary(cli.datamodule.tokenizer.vocab_size)
+    run.record(cli.parser.dump(cli.config, skip_none=False), cli.config.seed_everything, run.latest_step)
+    latest = run.latest_checkpoint
+    print(f"resuming {run.path} after step {run.latest_step}" if latest else f"training in {run.path}", flush=True)
+    try:
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=latest, weights_only=True)
+    except SystemExit as stop:
+        # Lightning turns Ctrl-C into an exit with status 1.
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    assert cli.model.model is not None
+    save_model(cli.model.model, cli.model.spec, run.final, tokenizer_dir=cli.datamodule.data_dir / TOKENIZER_DIR)
+    print(f"trained model: {run.final}")
+    return 0
+
+
+def _listed(value: Any) -> list[Any]:
+    """A Trainer argument that may be none, one or several, as a list; booleans are none."""
+    if value is None or isinstance(value, bool):
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _explain(message: str, parser: LightningArgumentParser) -> str:
+    """A parser error in one line, with the nearest key where the key is unknown."""
+    message = " ".join(message.split())
+    unknown = re.search(r"(?:Key|key|Option|argument[s]?:?) '?-{0,2}([\w.]+)'?", message)
+    keys = [action.dest for action in parser._actions]
+    if unknown and unknown[1] not in keys:
+        close = difflib.get_close_matches(unknown[1], keys, n=1, cutoff=0.5)
+        message += f"; did you mean {close[0]!r}?" if close else ""
+    return message
+
+
+def _quiet_libraries() -> None:
+    """Leave standard error to the progress and to errors: no advertisements, no notes on what is set here anyway."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*exists and is not empty.*", ".*is not resumable.*"):
+        warnings.filterwarnings("ignore", message=message)

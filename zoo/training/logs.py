@@ -1,0 +1,196 @@
+"""What a run writes down: metrics as CSV and for TensorBoard, expert load as JSON lines.
+
+Every file continues over a stop and a resume: lines of steps after the checkpoint are dropped, because those steps are
+taken again. A line's ``step`` is the number of optimizer steps taken.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from torch import Tensor
+
+from zoo.moe.stats import expert_load, load_entropy, max_over_mean
+from zoo.training.module import ZooModule
+
+METRICS_FILE = ExperimentWriter.NAME_METRICS_FILE
+LOAD_FILE = "expert_load.jsonl"
+
+
+def build_loggers(run: Path, step: int) -> list[CSVLogger | TensorBoardLogger]:
+    """CSV and TensorBoard loggers of a run that goes on after optimizer step ``step``; 0 starts it."""
+    return [
+        ContinuedCSVLogger(run, step),
+        TensorBoardLogger(run, name="tensorboard", version="", default_hp_metric=False, purge_step=step + 1),
+    ]
+
+
+class ContinuedCSVLogger(CSVLogger):
+    """Lightning's CSV logger, except that it keeps the rows up to ``step`` that an earlier process wrote."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        super().__init__(run, name="", version="", flush_logs_every_n_steps=1)
+        self._step = step
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        """The writer of ``metrics.csv``, made on first use."""
+        if self._experiment is None:
+            self._experiment = _ContinuedWriter(self.log_dir, self._step)
+        return self._experiment
+
+
+class _ContinuedWriter(ExperimentWriter):
+    """Never rewrites the file in place, so that a kill loses no row."""
+
+    def __init__(self, log_dir: str, step: int) -> None:
+        super().__init__(log_dir)
+        path = Path(self.metrics_file_path)
+        if path.exists():
+            rows = [row for row in _read_rows(path) if int(row["step"]) <= step]
+            self.metrics_keys = sorted({key for row in rows for key in row})
+            _replace(path, lambda file: _write_rows(file, self.metrics_keys, rows))
+
+    def _check_log_dir_exists(self) -> None:
+        """Lightning's would delete the file."""
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        path = Path(self.metrics_file_path)
+        rows = _read_rows(path)
+        _replace(path, lambda file: _write_rows(file, fieldnames, rows))
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    """Complete rows; a last one that a kill cut short is left out."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values() and (row["step"] or "").isdigit()]
+
+
+def _write_rows(file: Any, fieldnames: list[str], rows: list[dict[str, str]]) -> None:
+    writer = csv.DictWriter(file, fieldnames=fieldnames)
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def _replace(path: Path, write: Callable[[Any], None]) -> None:
+    """Let ``write`` fill a file beside ``path``, then put it in its place."""
+    aside = path.with_name(f".{path.name}.partial")
+    with aside.open("w", newline="", encoding="utf-8") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+class MetricsLog(Callback):
+    """Hands the metrics of ``ZooModule`` to the loggers as soon as a step or a validation is over.
+
+    Lightning's own ``self.log`` reaches the disk after the checkpoint of the same step was saved; a kill between the
+    two would lose the row for good. Callbacks run before checkpoints, so here no saved step lacks its row.
+    """
+
+    def __init__(self) -> None:
+        self._last_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Steps taken before this process are logged already."""
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log if this micro-batch was the last of an optimizer step that is due."""
+        assert isinstance(pl_module, ZooModule)
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            log_metrics(trainer, {name: value.item() for name, value in pl_module.step_metrics.items()})
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log validation loss and perplexity."""
+        if not trainer.sanity_checking:
+            names = ("val/loss", "val/perplexity")
+            log_metrics(trainer, {name: trainer.callback_metrics[name].item() for name in names})
+
+
+class ExpertLoad(Callback):
+    """How the tokens of a logging interval were spread over the experts of every MoE layer.
+
+    Entropy (1 = uniform) and the busiest expert's load over the mean go to the loggers, the load of every expert, as
+    fractions that sum to 1 a layer, to ``expert_load.jsonl``: ``{"step": 100, "layers": {"1": [0.12, …], …}}``.
+    """
+
+    def __init__(self) -> None:
+        self._counts: Tensor | None = None
+        self._last_step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts of the interval that is under way."""
+        return {"counts": self._counts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the interval where the checkpoint left it."""
+        self._counts = state_dict["counts"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop lines of steps that will be taken again."""
+        self._last_step = trainer.global_step
+        path = Path(trainer.default_root_dir, LOAD_FILE)
+        if trainer.is_global_zero and path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= self._last_step]
+            _replace(path, lambda file: file.writelines(f"{line}\n" for line in kept))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add the counts of a finished optimizer step; write them out at the end of a logging interval."""
+        assert isinstance(pl_module, ZooModule)
+        config = pl_module.spec.model
+        if config.moe is None or trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        counts = pl_module.step_expert_counts
+        self._counts = counts if self._counts is None else self._counts.to(counts.device) + counts
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            layers = [i for i in range(config.num_layers) if config.is_moe_layer(i)]
+            self._write(trainer, dict(zip(layers, expert_load(self._counts).cpu(), strict=True)))
+            self._counts = None
+
+    def _write(self, trainer: Trainer, loads: dict[int, Tensor]) -> None:
+        metrics = {}
+        for layer, load in loads.items():
+            metrics[f"router/layer_{layer}/entropy"] = load_entropy(load).item()
+            metrics[f"router/layer_{layer}/max_over_mean"] = max_over_mean(load).item()
+        log_metrics(trainer, metrics)
+        if trainer.is_global_zero:
+            line = {"step": trainer.global_step, "layers": {str(i): load.tolist() for i, load in loads.items()}}
+            with Path(trainer.default_root_dir, LOAD_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
+    """Write ``metrics`` of the current optimizer step to every logger, to the disk."""
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.global_step)
+        logger.save()
+
+
+def _step(line: str) -> float:
+    """Step of a JSON line, or infinity where a kill cut it short."""
+    try:
+        return int(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")
+

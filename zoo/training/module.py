@@ -1,0 +1,261 @@
+"""The Lightning module: any ``ModelConfig``, the next-token loss, the balance losses and the optimizer.
+
+Shapes: B batch, S sequence, V vocabulary, E experts, L MoE layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from omegaconf import OmegaConf
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from zoo.config import ModelConfig, ModelSpec, from_dict, to_dict
+from zoo.families import expressible
+from zoo.model import Decoder, DecoderOutput, build
+from zoo.moe.balance import load_balance_loss, z_loss
+from zoo.moe.router import Router, update_selection_bias
+from zoo.moe.stats import expert_counts
+from zoo.registry import find_spec
+from zoo.training.data.packing import IGNORED, PADDING_DOCUMENT
+from zoo.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer
+
+
+@dataclass
+class StepSums:
+    """Sums over the micro-batches of one optimizer step. The losses are weighted with the micro-batch's labels."""
+
+    labels: Tensor
+    nll: Tensor
+    load_balance: Tensor
+    z: Tensor
+    expert_counts: Tensor
+    """[L, E] assignments; L = 0 in a dense model."""
+
+    def __add__(self, other: StepSums) -> StepSums:
+        return StepSums(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
+
+
+class ZooModule(LightningModule):
+    """Trains a decoder on batches of packed documents.
+
+    The loss of an optimizer step is the mean negative log-likelihood over all labels of its micro-batches (not the
+    mean of their means, which would weigh labels unequally), plus each balance loss times its coefficient. A balance
+    loss has the scope that its name says, so it is taken per micro-batch (or per sequence in it), and averaged over
+    the micro-batches of the step with the same weights. A step split into micro-batches therefore has the gradients
+    of the unsplit one, except for the micro-batch scope of the balance loss.
+
+    Args:
+        name: Name in ``configs/models``, path of a model YAML, or a checkpoint directory to train on from.
+        overrides: Fields of the model that replace those of ``name``, nested as in its YAML; not with a checkpoint.
+        load_balance_coef: Weight of the load-balance loss (Switch, arXiv 2101.03961: 0.01).
+        balance_scope: Whether its load fractions are taken over a micro-batch or over each sequence.
+        z_loss_coef: Weight of the router z-loss (ST-MoE, arXiv 2202.08906: 0.001).
+        bias_update_rate: Step of the selection bias of loss-free balancing (arXiv 2408.15664: 0.001); 0 leaves it.
+        optimizer: AdamW's settings.
+        schedule: Warm-up and decay of the learning rate.
+        seed: Seed of the fresh weights.
+
+    Raises:
+        ValueError: an unknown model, overrides that do not fit it, or balance settings of a model without experts.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        overrides: dict[str, Any] | None = None,
+        load_balance_coef: float = 0.0,
+        balance_scope: Literal["micro_batch", "sequence"] = "micro_batch",
+        z_loss_coef: float = 0.0,
+        bias_update_rate: float = 0.0,
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008: frozen, so safe to share
+        schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.checkpoint = Path(name) if Path(name).is_dir() else None
+        self.spec = _resolve(name, overrides or {})
+        self.load_balance_coef = load_balance_coef
+        self.balance_scope = balance_scope
+        self.z_loss_coef = z_loss_coef
+        self.bias_update_rate = bias_update_rate
+        self.optimizer_config = optimizer
+        self.schedule = schedule
+        self.seed = seed
+        self._check_balance(self.spec.model)
+        self.model: Decoder | None = None
+        self.val_loss = MeanMetric().set_dtype(torch.float64)
+        self.step_sums: StepSums | None = None
+        self.step_metrics: dict[str, Tensor] = {}
+        """Values of the last optimizer step, as they are logged; losses are means over its labels."""
+        self.step_expert_counts = torch.empty(0, 0, dtype=torch.int64)
+        """[L, E], assignments to each expert in the last optimizer step."""
+
+    def _check_balance(self, config: ModelConfig) -> None:
+        for field in ("load_balance_coef", "z_loss_coef", "bias_update_rate"):
+            value = getattr(self, field)
+            if value < 0:
+                raise ValueError(f"model.{field} = {value}: give 0 or more")
+            if value and config.moe is None:
+                raise ValueError(f"model.{field} = {value}: {self.spec.name} has no experts to balance; set it to 0")
+        if self.bias_update_rate and not (config.moe and config.moe.router_bias):
+            raise ValueError(
+                f"model.bias_update_rate = {self.bias_update_rate}: {self.spec.name} has no selection bias; "
+                "set model.overrides.moe.router_bias to true"
+            )
+
+    def check_vocabulary(self, tokenizer_size: int) -> None:
+        """Raise ``ValueError`` where the tokenizer has ids that the embedding lacks."""
+        if tokenizer_size > self.spec.model.vocab_size:
+            raise ValueError(
+                f"model.overrides.vocab_size = {self.spec.model.vocab_size}: the data's tokenizer has {tokenizer_size} "
+                f"ids; set it to at least {tokenizer_size}"
+            )
+
+    def configure_model(self) -> None:
+        """Build or load the weights, once, where Lightning wants them."""
+        if self.model is not None:
+            return
+        if self.checkpoint is None:
+            self.model = build(self.spec.model, self.seed)
+        else:
+            from zoo.weights import load
+
+            self.model = load(self.checkpoint)
+        self.model.train()
+
+    # -------------------------------------------------------------------------------------------------------------
+    # Loss
+    # -------------------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Mapping[str, Tensor]) -> DecoderOutput:
+        """Logits and routing of a batch of packed documents (``TokenDataModule``)."""
+        assert self.model is not None
+        output: DecoderOutput = self.model(batch["input_ids"], document_ids=batch["document_ids"])
+        return output
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Sum over the micro-batch's labels of the loss, fp32; ``on_before_optimizer_step`` makes it a mean."""
+        sums = self.micro_batch_sums(self(batch), batch)
+        loss = sums.nll + self.load_balance_coef * sums.load_balance + self.z_loss_coef * sums.z
+        detached = StepSums(*(getattr(sums, f.name).detach() for f in dataclasses.fields(sums)))
+        self.step_sums = detached if self.step_sums is None else self.step_sums + detached
+        return loss
+
+    def micro_batch_sums(self, output: DecoderOutput, batch: Mapping[str, Tensor]) -> StepSums:
+        """The terms of the loss, with gradient, and the expert counts of one micro-batch."""
+        nll, count = next_token_nll(output.logits, batch["labels"])
+        routing = output.router_outputs
+        if not routing:
+            zero = nll.new_zeros(())
+            return StepSums(count, nll, zero, zero, count.new_zeros(0, 0))
+        tokens = batch["document_ids"] != PADDING_DOCUMENT
+        return StepSums(
+            labels=count,
+            nll=nll,
+            load_balance=count * load_balance_loss(routing, tokens, self.balance_scope),
+            z=count * z_loss(routing, tokens),
+            expert_counts=torch.stack([expert_counts(r, tokens) for r in routing]),
+        )
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Add the micro-batch to the validation loss, every label with the same weight."""
+        nll, count = next_token_nll(self(batch).logits, batch["labels"])
+        if count > 0:
+            self.val_loss.update(nll / count, weight=count)
+
+    def on_validation_epoch_end(self) -> None:
+        """Mean negative log-likelihood of a token in nats, and its exponential, the perplexity."""
+        loss = self.val_loss.compute()
+        self.val_loss.reset()
+        # The callback MetricsLog writes them to the loggers; this makes them known to callbacks that monitor one.
+        self.log_dict({"val/loss": loss.float(), "val/perplexity": loss.exp().float()}, logger=False)
+
+    # -------------------------------------------------------------------------------------------------------------
+    # Optimizer step
+    # -------------------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with a schedule over all optimizer steps of the run."""
+        assert self.model is not None
+        total_steps = self.trainer.max_steps
+        if total_steps < 1:
+            raise ValueError(f"trainer.max_steps = {total_steps}: the schedule needs an end; give the optimizer steps")
+        adamw, schedule = build_optimizer(self.model, self.optimizer_config, self.schedule, total_steps)
+        return {"optimizer": adamw, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @torch.no_grad()
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turn the gradients of the summed loss into those of the mean, and collect the step's metrics.
+
+        Raises:
+            ValueError: the loss is not finite; the parameters are still those of the step before.
+        """
+        sums = self.step_sums
+        assert sums is not None
+        labels = sums.labels.clamp(min=1)
+        load_balance, z = sums.load_balance / labels, sums.z / labels
+        lm_loss = sums.nll / labels
+        loss = lm_loss + self.load_balance_coef * load_balance + self.z_loss_coef * z
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"training loss = {loss.item()} at step {self.global_step + 1}: the run is stopped before the update; "
+                "lower model.optimizer.lr, lengthen model.schedule.warmup_steps, or set trainer.gradient_clip_val"
+            )
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        # Lightning divided each micro-batch's sum by their number.
+        for gradient in gradients:
+            gradient.mul_(self.trainer.accumulate_grad_batches / labels)
+        self.step_metrics = {
+            "train/loss": loss,
+            "train/lm_loss": lm_loss,
+            "train/grad_norm": torch.nn.utils.get_total_norm(gradients),
+            "train/lr": torch.tensor(optimizer.param_groups[0]["lr"]),
+        }
+        if self.spec.model.moe:
+            self.step_metrics |= {"train/load_balance_loss": load_balance, "train/z_loss": z}
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step, then move the selection biases by the load of all micro-batches of the step (arXiv 2408.15664)."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        sums, self.step_sums = self.step_sums, None
+        assert sums is not None and self.model is not None
+        self.step_expert_counts = sums.expert_counts
+        if self.bias_update_rate:
+            routers = [m for m in self.model.modules() if isinstance(m, Router)]
+            for router, counts in zip(routers, sums.expert_counts, strict=True):
+                assert router.bias is not None
+                update_selection_bias(router.bias, counts, self.bias_update_rate)
+
+
+def next_token_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """logits [B, S, V], labels [B, S] with -100 to ignore → (sum of −ln p in nats fp32, number of labels fp32)."""
+    nll = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return nll, (labels != IGNORED).sum().float()
+
+
+def _resolve(name: str, overrides: dict[str, Any]) -> ModelSpec:
+    """The spec of ``name`` with ``overrides`` merged into its model."""
+    spec = find_spec(name)
+    if not overrides:
+        return spec
+    if Path(name).is_dir():
+        raise ValueError(f"model.overrides = {overrides}: the weights in {name} fix the model; remove the overrides")
+    merged = OmegaConf.to_container(OmegaConf.merge(to_dict(spec.model), overrides))
+    model = from_dict(ModelConfig, merged, "model.overrides")
+    # Weights of the changed model are not those of the published source, and maybe not of its family.
+    return dataclasses.replace(spec, model=model, family=expressible(model), source=None, reference=None)

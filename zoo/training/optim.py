@@ -1,0 +1,118 @@
+"""AdamW and the learning-rate schedules, which are pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101); the defaults are those of GPT-3 and most MoE papers.
+
+    Attributes:
+        lr: Peak learning rate; the schedule multiplies it with a factor in [0, 1].
+        betas: Decay rates of the two moments.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled decay of matrices; norms, biases and other vectors are never decayed.
+    """
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "lr", self.lr, "give a positive number such as 3e-4")
+        _require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "give two numbers in [0, 1)")
+        _require(self.eps > 0, "eps", self.eps, "give a positive number such as 1e-8")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "give 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Linear warm-up, then a cosine or a plateau with a linear decay at the end.
+
+    Attributes:
+        shape: ``cosine`` (arXiv 1608.03983) or ``wsd``: warm-up, stable, decay (arXiv 2404.06395).
+        warmup_steps: Optimizer steps until the peak.
+        decay_steps: Last optimizer steps over which ``wsd`` decays; 0 keeps the peak to the end.
+        min_ratio: Learning rate of the last step, as a fraction of the peak.
+    """
+
+    shape: Literal["cosine", "wsd"] = "cosine"
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    min_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "give 0 or more steps")
+        _require(self.decay_steps >= 0, "decay_steps", self.decay_steps, "give 0 or more steps")
+        _require(0 <= self.min_ratio <= 1, "min_ratio", self.min_ratio, "give a fraction between 0 and 1")
+        _require(
+            self.shape == "wsd" or self.decay_steps == 0,
+            "decay_steps",
+            self.decay_steps,
+            "the cosine decays over all steps after the warm-up; set it to 0 or use shape: wsd",
+        )
+
+
+def lr_factor(schedule: ScheduleConfig, step: int, total_steps: int) -> float:
+    """Fraction of the peak learning rate that update number ``step`` (from 0) of ``total_steps`` uses.
+
+    The last warm-up step uses the peak itself and the last step of a decay uses ``min_ratio``.
+
+    Raises:
+        ValueError: warm-up and decay together are longer than the run.
+    """
+    busy = schedule.warmup_steps + schedule.decay_steps
+    if busy > total_steps:
+        raise ValueError(
+            f"schedule.warmup_steps + schedule.decay_steps = {busy}: the run has only {total_steps} optimizer steps; "
+            "shorten them or raise trainer.max_steps"
+        )
+    if step < schedule.warmup_steps:
+        return (step + 1) / schedule.warmup_steps
+    decay_steps = schedule.decay_steps if schedule.shape == "wsd" else total_steps - schedule.warmup_steps
+    done = step + 1 - (total_steps - decay_steps)
+    if done <= 0 or decay_steps == 0:
+        return 1.0
+    progress = min(done / decay_steps, 1.0)
+    falling = (1 + math.cos(math.pi * progress)) / 2 if schedule.shape == "cosine" else 1 - progress
+    return schedule.min_ratio + (1 - schedule.min_ratio) * falling
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Every trainable parameter once: matrices (two dimensions or more) decayed, vectors not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(
+    model: nn.Module, optimizer: OptimizerConfig, schedule: ScheduleConfig, total_steps: int
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW over ``model`` and its schedule, to be stepped once an optimizer step.
+
+    Raises:
+        ValueError: warm-up and decay together are longer than ``total_steps``.
+    """
+    adamw = torch.optim.AdamW(
+        parameter_groups(model, optimizer.weight_decay),
+        lr=optimizer.lr,
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        fused=True,
+    )
+    return adamw, torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: lr_factor(schedule, step, total_steps))
+
+
+def _require(holds: bool, field: str, value: Any, fix: str) -> None:
+    if not holds:
+        raise ValueError(f"{field} = {value}: {fix}")
