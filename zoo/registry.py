@@ -56,6 +56,14 @@ def find_spec(name_or_path: str | Path) -> ModelSpec:
     raise ValueError(f"{str(name_or_path)!r}: no such model, file or directory; {hint}`zoo list` shows all names")
 
 
+def published_spec(directory: Path) -> ModelSpec:
+    """The model that the published ``config.json`` of ``directory`` describes, named after the directory."""
+    where = str(directory / "config.json")
+    hf = read_json(directory / "config.json")
+    family = family_of(hf, where)
+    return ModelSpec(name=directory.resolve().name, family=family.name, model=family.from_hf(hf, where))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON object.
 
@@ -77,10 +85,7 @@ def _spec_of_directory(path: Path) -> ModelSpec:
     if (path / CONFIG_FILE).is_file():
         return load_spec(path / CONFIG_FILE)
     if (path / "config.json").is_file():
-        where = str(path / "config.json")
-        hf = read_json(path / "config.json")
-        family = family_of(hf, where)
-        return ModelSpec(name=path.resolve().name, family=family.name, model=family.from_hf(hf, where))
+        return published_spec(path)
     raise ValueError(f"{path}: neither {CONFIG_FILE} nor config.json is in it; give a checkpoint directory")
 
 
@@ -89,5 +94,5 @@ def _package() -> Path:
 
 
 def _data_dir(name: str) -> Path:
-    checkout = _package().parent / name
-    return checkout if (checkout / "models").is_dir() or (checkout / "tasks").is_dir() else _package() / "_data" / name
+    packaged = _package() / "_data" / name  # only in an installed wheel
+    return packaged if packaged.is_dir() else _package().parent / name

@@ -16,6 +16,10 @@ Layout = Literal["per_expert", "fused"]
 transformers 5 holds them in memory."""
 
 
+ROTARY_BUFFERS: tuple[str, ...] = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+"""Frequencies that old checkpoints stored; they follow from the config."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One published architecture.
@@ -73,10 +77,6 @@ class Family:
     def weight_map(self, config: ModelConfig, layout: Layout = "per_expert") -> list[Op]:
         """Operations that use every published tensor once and fill every parameter once."""
         return self.map_weights(config, layout)
-
-
-ROTARY_BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
-"""Frequencies that old checkpoints stored; they follow from the config."""
 
 
 def _first_difference(ours: Any, theirs: Any, where: str = "") -> str:

@@ -20,10 +20,10 @@ def _read(fields: Fields) -> ModelConfig:
     fields.expect("scoring_func", "sigmoid")
     fields.expect("topk_method", "noaux_tc")
     fields.skip("num_nextn_predict_layers")
-    layout = "interleaved" if fields.take(bool, "rope_interleave", True) else "split"
+    interleaved = fields.take(bool, "rope_interleave", True)
     return read_decoder(
         fields,
-        rope=read_rope(fields, layout=layout),
+        rope=read_rope(fields, layout="interleaved" if interleaved else "split"),
         mla=read_mla(fields),
         moe=read_experts(
             fields,

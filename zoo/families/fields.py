@@ -7,10 +7,25 @@ from typing import Any, TypeVar
 
 T = TypeVar("T", bool, int, float)
 
-HARMLESS = frozenset(
-    "_name_or_path architectures auto_map bos_token_id dtype eos_token_id model_type output_attentions "
-    "output_hidden_states output_router_logits pad_token_id pretraining_tp return_dict router_aux_loss_coef "
-    "tokenizer_class torch_dtype transformers_version use_cache".split()
+HARMLESS = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "model_type",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "pad_token_id",
+    "pretraining_tp",
+    "return_dict",
+    "router_aux_loss_coef",
+    "tokenizer_class",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
 )
 """Fields, common to all families, that do not enter the forward pass."""
 
@@ -49,7 +64,7 @@ class Fields:
         if value is None:
             value = default
         if value is None:
-            raise ValueError(f"{self.where}: {key!r} is missing; give the {kind.__name__} that the model was built with")
+            raise ValueError(f"{self.where}: {key!r} is missing; give the model's own {kind.__name__}")
         return value
 
     def expect(self, key: str, *allowed: Any) -> None:

@@ -149,7 +149,7 @@ def expect_full_attention(fields: Fields) -> None:
     fields.skip("sliding_window", "max_window_layers")
     other = set(fields.raw("layer_types", [])) - {"full_attention"}
     if other:
-        raise ValueError(f"{fields.where}: layer_types has {min(other)!r}, which is not supported; only full_attention is")
+        raise ValueError(f"{fields.where}: layer_types has {min(other)!r}; only 'full_attention' is supported")
 
 
 def leading_dense_layers(fields: Fields) -> int:

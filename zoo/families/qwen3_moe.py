@@ -10,6 +10,8 @@ from zoo.families.fields import Fields
 from zoo.families.parts import leading_dense_layers, read_decoder, read_gqa, read_rope, write_decoder, write_gqa
 from zoo.families.tensors import decoder_map
 
+EXPERTS = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+
 
 def _read(fields: Fields) -> ModelConfig:
     fields.skip("max_window_layers")
@@ -27,7 +29,7 @@ def _read(fields: Fields) -> ModelConfig:
 def _read_moe(fields: Fields) -> MoEConfig | None:
     first_k_dense = leading_dense_layers(fields)
     if first_k_dense == fields.take(int, "num_hidden_layers"):
-        fields.skip("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+        fields.skip(*EXPERTS)
         return None
     # transformers 5 saves num_experts under the name num_local_experts.
     num_experts = fields.optional(int, "num_local_experts") or fields.take(int, "num_experts")

@@ -24,7 +24,7 @@ class MoENames:
     shared_experts: str = "shared_experts"
 
 
-def decoder_map(config: ModelConfig, layout: Layout, names: MoENames = MoENames()) -> list[Op]:  # noqa: B008 frozen
+def decoder_map(config: ModelConfig, layout: Layout, names: MoENames = MoENames()) -> list[Op]:
     """The whole weight map of a decoder; every family here differs by ``names`` only."""
     ops: list[Op] = [
         Rename("model.embed_tokens.weight", "embed_tokens.weight"),

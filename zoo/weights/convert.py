@@ -1,0 +1,204 @@
+"""Conversion between published checkpoints and zoo checkpoints, streaming and strict both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoo.config import CONFIG_FILE, ModelConfig, ModelSpec, load_spec, save_spec
+from zoo.families import get_family
+from zoo.registry import published_spec, read_json
+from zoo.weights.hub import download, is_hub_id
+from zoo.weights.ops import Op, Shape, source_shapes
+from zoo.weights.source import TensorSource, check_tensors, refuse_pickle
+from zoo.weights.target import MAX_SHARD_BYTES, copy_tokenizer, new_directory, write_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Named = Iterator[tuple[str, "Tensor"]]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did."""
+
+    spec: ModelSpec
+    directory: Path
+    parameters: int
+    """Elements written, buffers included."""
+    left_out: tuple[str, ...]
+    """Source tensors that the family declares as not part of the model."""
+
+    def as_json(self) -> str:
+        """One JSON object for scripts."""
+        return json.dumps(
+            {
+                "name": self.spec.name,
+                "family": self.spec.family,
+                "directory": str(self.directory),
+                "parameters": self.parameters,
+                "left_out": list(self.left_out),
+            }
+        )
+
+    def as_text(self) -> str:
+        """What a person reads at the end, with what was left out in plain sight."""
+        lines = [f"{self.spec.name} ({self.spec.family}, {self.parameters:,} parameters): written to {self.directory}"]
+        if self.left_out:
+            names = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
+            lines.append(f"left out {len(self.left_out)} tensors that are not part of the model: {names}")
+        return "\n".join(lines)
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Name → shape of every tensor of the decoder's state, without allocating any."""
+    import torch
+
+    from zoo.model import Decoder
+
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in Decoder(config).state_dict().items()}
+
+
+def import_checkpoint(
+    source: str | Path, out: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES, progress: bool = False
+) -> Conversion:
+    """Convert a published checkpoint into the zoo checkpoint directory ``out``.
+
+    Args:
+        source: directory with ``config.json`` and safetensors, or a hub id.
+        out: directory to make.
+        max_shard_bytes: size of the files written.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        ValueError: a field of the config or a tensor that the zoo does not have, a tensor missing or of another
+            shape, a damaged file, a tokenizer larger than the embedding, or an ``out`` that exists.
+        OSError: ``out`` cannot be written.
+    """
+    directory = published_directory(source)
+    with open_published(directory) as (spec, tensors), new_directory(Path(out)) as aside:
+        if is_hub_id(str(source)):
+            spec = dataclasses.replace(spec, name=str(source).split("/")[1], source=str(source))
+        copy_tokenizer(directory, aside, spec.model.vocab_size)
+        write_tensors(aside, tracked(tensors, "importing", progress), max_shard_bytes)
+        save_spec(spec, aside / CONFIG_FILE)
+    return Conversion(spec, Path(out), _elements(spec.model), tensors.left_out)
+
+
+def export_checkpoint(
+    source: str | Path, hf_dir: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES, progress: bool = False
+) -> Conversion:
+    """Convert the zoo checkpoint directory ``source`` into the layout its family is published in.
+
+    ``config.json`` is written in the spelling that transformers 4 and 5 read.
+
+    Raises:
+        ValueError: ``source`` is not a whole zoo checkpoint, its family cannot express the model, or ``hf_dir`` exists.
+        OSError: ``hf_dir`` cannot be written.
+    """
+    directory = Path(source)
+    if not (directory / CONFIG_FILE).is_file():
+        raise ValueError(f"{directory}: no {CONFIG_FILE} in it; give a zoo checkpoint directory")
+    spec = load_spec(directory / CONFIG_FILE)
+    family = get_family(spec.family)
+    published = family.to_hf(spec.model)
+    ops = family.weight_map(spec.model)
+    with open_zoo(directory, spec.model) as tensors, new_directory(Path(hf_dir)) as aside:
+        copy_tokenizer(directory, aside, spec.model.vocab_size)
+        converted = Stream(ops, tensors, to_zoo=False)
+        write_tensors(aside, tracked(converted, "exporting", progress), max_shard_bytes)
+        published |= _special_ids(directory) | {"torch_dtype": tensors.dtype("embed_tokens.weight")}
+        (aside / "config.json").write_text(json.dumps(published, indent=2) + "\n", encoding="utf-8")
+    return Conversion(spec, Path(hf_dir), _elements(spec.model), ())
+
+
+class Stream:
+    """The tensors of a source after a weight map, one group at a time."""
+
+    def __init__(
+        self, ops: list[Op], source: TensorSource, *, to_zoo: bool = True, left_out: Iterable[str] = ()
+    ) -> None:
+        self._ops, self._source, self._to_zoo = ops, source, to_zoo
+        self.left_out = tuple(left_out)
+
+    def __len__(self) -> int:
+        return len(self._ops)
+
+    def groups(self) -> Iterator[Named]:
+        """For every operation, its tensors."""
+        for op in self._ops:
+            yield op.to_zoo(self._source.read) if self._to_zoo else op.to_published(self._source.read)
+
+
+def published_directory(source: str | Path) -> Path:
+    """Local directory of a published checkpoint; a hub id is downloaded.
+
+    Raises:
+        ValueError: there is no such directory, or a file, perhaps a pickle, is given instead.
+    """
+    if is_hub_id(str(source)):
+        return download(str(source))
+    path = Path(source)
+    refuse_pickle(path)
+    if not path.is_dir():
+        kind = "is a file" if path.exists() else "no such directory"
+        raise ValueError(f"{path}: {kind}; give a directory with config.json and safetensors, or a hub id")
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path}: no config.json in it; give a directory in the published layout")
+    return path
+
+
+@contextmanager
+def open_published(directory: Path) -> Iterator[tuple[ModelSpec, Stream]]:
+    """The model in a published directory and its tensors under our names, checked but not read yet."""
+    spec = published_spec(directory)
+    family = get_family(spec.family)
+    ignored = family.ignored(read_json(directory / "config.json"))
+    with TensorSource(directory) as source:
+        fused = any(name.endswith(".experts.gate_up_proj") for name in source.entries)
+        ops = family.weight_map(spec.model, "fused" if fused else "per_expert")
+        expected = source_shapes(ops, parameter_shapes(spec.model))
+        left_out = check_tensors(source, expected, ops, ignored)
+        yield spec, Stream(ops, source, left_out=left_out)
+
+
+@contextmanager
+def open_zoo(directory: Path, config: ModelConfig) -> Iterator[TensorSource]:
+    """The tensors of a zoo checkpoint, checked against its config but not read yet."""
+    with TensorSource(directory) as source:
+        check_tensors(source, parameter_shapes(config), ())
+        yield source
+
+
+def tracked(stream: Stream, description: str, show: bool) -> Named:
+    """The tensors of ``stream``, with a progress bar over its groups."""
+    from rich.console import Console
+    from rich.progress import track
+
+    groups = track(
+        stream.groups(), description, total=len(stream), console=Console(stderr=True), disable=not show, transient=True
+    )
+    for group in groups:
+        yield from group
+
+
+def _special_ids(directory: Path) -> dict[str, Any]:
+    """Ids of transformers' config.json; null where there is no tokenizer, rather than the defaults of its classes."""
+    from zoo.tokenizer import Tokenizer
+
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return {"bos_token_id": None, "eos_token_id": None}
+    tokenizer = Tokenizer.load(directory)
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+
+
+def _elements(config: ModelConfig) -> int:
+    return sum(math.prod(shape) for shape in parameter_shapes(config).values())

@@ -1,0 +1,116 @@
+"""Decoders from checkpoints, and checkpoints from decoders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from zoo.config import CONFIG_FILE, ModelConfig, ModelSpec, load_spec, save_spec
+from zoo.model import Decoder
+from zoo.registry import checkpoint_dirs, find_spec, model_names
+from zoo.weights.convert import open_published, open_zoo, published_directory, tracked
+from zoo.weights.hub import download, is_hub_id
+from zoo.weights.target import MAX_SHARD_BYTES, copy_tokenizer, new_directory, write_tensors
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> Decoder:
+    """A trained decoder, in eval mode.
+
+    Args:
+        source: a zoo checkpoint directory, a directory in a published layout, a hub id, or a name of the zoo, which
+            means ``checkpoints/NAME`` where that exists and else the hub id of its config.
+        dtype: of the parameters; buffers such as the router's selection bias stay fp32.
+        device: where they go, tensor by tensor.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        ValueError: nothing to load under that name, or a checkpoint that is not exactly what its config says.
+    """
+    directory = checkpoint_directory(source)
+    if (directory / CONFIG_FILE).is_file():
+        config = load_spec(directory / CONFIG_FILE).model
+        with open_zoo(directory, config) as tensors:
+            return _filled(config, ((name, tensors.read(name)) for name in tensors.entries), dtype, device)
+    with open_published(published_directory(directory)) as (spec, stream):
+        return _filled(spec.model, tracked(stream, "loading", progress), dtype, device)
+
+
+def checkpoint_directory(source: str | Path) -> Path:
+    """The local directory that ``load`` reads for ``source``; its tokenizer files are there too.
+
+    Raises:
+        ValueError: no such directory or name, or a name without published weights.
+    """
+    path = Path(source)
+    if path.exists():
+        return path
+    if str(source) in model_names():
+        for directory in checkpoint_dirs():
+            if (directory / str(source) / CONFIG_FILE).is_file():
+                return directory / str(source)
+        hub_id = find_spec(source).source
+        if hub_id is None:
+            raise ValueError(f"{source}: this model has no published weights; train it, or give a checkpoint directory")
+        return download(hub_id)
+    if is_hub_id(str(source)):
+        return download(str(source))
+    return published_directory(path)
+
+
+def save_model(
+    model: Decoder,
+    spec: ModelSpec,
+    directory: str | Path,
+    tokenizer_dir: str | Path | None = None,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write ``model`` as a zoo checkpoint directory. One that is there is replaced only once the new one is whole.
+
+    Args:
+        model: on any device, in any floating dtype; written as it is.
+        spec: its name, family and config.
+        directory: to make or replace.
+        tokenizer_dir: where to copy tokenizer files from.
+        max_shard_bytes: size of the files written.
+
+    Raises:
+        ValueError: the spec is of another architecture, ``directory`` is something else than a zoo checkpoint, or the
+            tokenizer is larger than the embedding.
+        OSError: it cannot be written, for example on a full disk; what was there is as it was.
+    """
+    if spec.model != model.config:
+        raise ValueError(f"spec {spec.name!r} describes another architecture than the model's; give the model's config")
+    directory = Path(directory)
+    if directory.exists() and not (directory / CONFIG_FILE).is_file() and any(directory.iterdir()):
+        raise ValueError(f"{directory}: exists and is not a zoo checkpoint; choose another place")
+    with new_directory(directory, replace=True) as aside:
+        if tokenizer_dir is not None:
+            copy_tokenizer(Path(tokenizer_dir), aside, model.config.vocab_size)
+        state = model.state_dict()
+        write_tensors(aside, ((name, tensor.detach().cpu()) for name, tensor in state.items()), max_shard_bytes)
+        save_spec(spec, aside / CONFIG_FILE)
+
+
+def _filled(
+    config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: str | torch.device
+) -> Decoder:
+    """A decoder of ``config`` that holds ``tensors``, which are all of its state."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    buffers = dict(model.named_buffers())
+    state = {
+        name: tensor.to(device=device, dtype=buffers[name].dtype if name in buffers else dtype)
+        for name, tensor in tensors
+    }
+    model.load_state_dict(state, assign=True)
+    return model.eval()

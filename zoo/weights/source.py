@@ -1,0 +1,200 @@
+"""Reading safetensors directories one tensor at a time, and refusing whatever is not exactly what is expected."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from zoo.registry import read_json
+from zoo.weights.ops import Op, Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+PICKLE_SUFFIXES = frozenset((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"))
+DTYPES = frozenset(("F32", "F16", "BF16"))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a source: the file it stands in, its shape and its safetensors dtype."""
+
+    path: Path
+    shape: Shape
+    dtype: str
+
+
+class TensorSource:
+    """The tensors of a directory with ``model.safetensors``, or with shards and their index.
+
+    One file is open at a time. Close it, or use it as a context manager.
+
+    Raises:
+        ValueError: there are no safetensors, a file is damaged, or the index and the files disagree.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._open_path: Path | None = None
+        self._stack = ExitStack()
+        self.entries: dict[str, Entry] = {}
+        for path in weight_files(directory):
+            self._add_file(path)
+        self._check_index()
+
+    def __enter__(self) -> TensorSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def dtype(self, name: str) -> str:
+        """Name that torch gives to the dtype of a tensor, such as ``bfloat16``."""
+        return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[self.entries[name].dtype]
+
+    def close(self) -> None:
+        """Close the open file, if there is one."""
+        self._stack.close()
+        self._open_path = None
+
+    def read(self, name: str) -> Tensor:
+        """The tensor ``name``, on the CPU in the dtype that it is stored in."""
+        path = self.entries[name].path
+        if path != self._open_path:
+            self.close()
+            self._handle = self._stack.enter_context(_safe_open(path))
+            self._open_path = path
+        tensor: Tensor = self._handle.get_tensor(name)
+        return tensor
+
+    def _add_file(self, path: Path) -> None:
+        with _safe_open(path) as handle:
+            for name in handle.keys():  # noqa: SIM118 the handle is no mapping
+                if name in self.entries:
+                    raise ValueError(f"{path}: tensor {name!r} is in {self.entries[name].path.name} too; remove one")
+                view = handle.get_slice(name)
+                self.entries[name] = Entry(path, tuple(view.get_shape()), view.get_dtype())
+
+    def _check_index(self) -> None:
+        index = self.directory / INDEX_FILE
+        if not index.is_file():
+            return
+        listed = read_json(index)["weight_map"]
+        found = {name: entry.path.name for name, entry in self.entries.items()}
+        wrong = sorted(name for name in listed.keys() | found.keys() if listed.get(name) != found.get(name))
+        if wrong:
+            name = wrong[0]
+            raise ValueError(
+                f"{index}: lists {name!r} in {listed.get(name)}, but it is in {found.get(name)}; "
+                f"download the checkpoint again{_more(wrong)}"
+            )
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, those of its index where it has one.
+
+    Raises:
+        ValueError: there are none, only pickles, or the index names a file outside the directory.
+    """
+    index, single = directory / INDEX_FILE, directory / SINGLE_FILE
+    if index.is_file() and single.is_file():
+        raise ValueError(f"{directory}: holds both {INDEX_FILE} and {SINGLE_FILE}; remove the one that is not wanted")
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLE_SUFFIXES)
+        if pickles:
+            raise ValueError(f"{directory / pickles[0]}: {_PICKLE}")
+        raise ValueError(f"{directory}: neither {SINGLE_FILE} nor {INDEX_FILE} is in it; give a checkpoint directory")
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, Mapping) or not listed:
+        raise ValueError(f"{index}: 'weight_map' is missing or empty; download the checkpoint again")
+    return [_shard(directory, index, name) for name in sorted(set(map(str, listed.values())))]
+
+
+_PICKLE = (
+    "pickled weights can run code when they are read and are not supported; save them as safetensors first "
+    "(model.save_pretrained in transformers)"
+)
+
+
+def refuse_pickle(path: Path) -> None:
+    """Refuse a file that is offered as weights but is a pickle, by its suffix."""
+    if path.suffix in PICKLE_SUFFIXES:
+        raise ValueError(f"{path}: {_PICKLE}")
+
+
+def _shard(directory: Path, index: Path, name: str) -> Path:
+    """The file ``name`` of an index, which must lie in the directory itself."""
+    path = directory / name
+    refuse_pickle(path)
+    roots = [directory.resolve()]
+    if directory.parent.name == "snapshots":  # the hub's cache: snapshots/REVISION/FILE links to ../../blobs/HASH
+        roots.append(directory.resolve().parents[1] / "blobs")
+    if path.name != name or not any(path.resolve().parent == root for root in roots):
+        raise ValueError(f"{index}: {name!r} lies outside the checkpoint directory; shards must be files in it")
+    if not path.is_file():
+        raise ValueError(f"{index}: {name!r} is not in the directory; download the checkpoint again")
+    return path
+
+
+def _safe_open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from None
+
+
+def check_tensors(
+    source: TensorSource, expected: Mapping[str, Shape], ops: Iterable[Op], ignored: Iterable[str] = ()
+) -> list[str]:
+    """Check that ``source`` holds exactly the ``expected`` tensors and shapes, before any is read.
+
+    Args:
+        source: the checkpoint.
+        expected: name → shape.
+        ops: the map that will read them; what one operation joins must be of one dtype.
+        ignored: regular expressions of tensors that may be there besides.
+
+    Returns:
+        Names of the tensors that are left out, sorted.
+
+    Raises:
+        ValueError: naming a tensor that is missing, extra, of another shape, or of an unsupported dtype.
+    """
+    where, found = source.directory, source.entries
+    missing = sorted(expected.keys() - found.keys())
+    extra = sorted(found.keys() - expected.keys())
+    left_out = [name for name in extra if any(re.fullmatch(pattern, name) for pattern in ignored)]
+    extra = sorted(set(extra) - set(left_out))
+    if missing:
+        hint = f"; {extra[0]!r} is there instead" if extra else ""
+        raise ValueError(f"{where}: tensor {missing[0]!r} is missing{_more(missing)}{hint}; check that the config fits")
+    if extra:
+        raise ValueError(f"{where}: tensor {extra[0]!r} has no place in the model{_more(extra)}; check the config")
+    for name, shape in expected.items():
+        entry = found[name]
+        if entry.shape != tuple(shape):
+            raise ValueError(
+                f"{entry.path}: tensor {name!r} has shape {list(entry.shape)}, but the config needs {list(shape)}"
+            )
+        if entry.dtype not in DTYPES:
+            fix = "fp8 and integer weights are not supported; use the bf16, fp16 or fp32 weights"
+            raise ValueError(f"{entry.path}: tensor {name!r} has dtype {entry.dtype}; {fix}")
+    for op in ops:
+        dtypes = {found[name].dtype for name in op.sources}
+        if len(dtypes) > 1:
+            raise ValueError(f"{where}: {op.sources[0]!r} and its group mix dtypes {sorted(dtypes)}; save them in one")
+    return left_out
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
