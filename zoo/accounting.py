@@ -7,7 +7,7 @@ Conventions
     gradient reaches: it is counted in ``count_buffers`` and in ``weight_bytes``, not here.
     *Active* parameters are those that the computation of one token may read: everything except the routed experts
     that were not chosen. Both vocabulary matrices count in full, as in Mixtral's and Qwen's published figures;
-    ``active_without_embedding`` leaves the input table out (a token reads one row of it), as DeepSeek-V2 and V3 do.
+    ``active_without_embedding`` leaves the input table out (a token reads one row of it), as DeepSeek-V2's do.
     *FLOPs* are those of matrix products, a multiply-add being two: twice the weights that a token is multiplied with
     (the output head included, tied or not; the embedding look-up not), plus attention scores and values over the
     positions that a causal query really sees, averaged over a sequence. Training is three times the forward pass (the

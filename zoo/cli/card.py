@@ -45,7 +45,7 @@ def _text(card: dict[str, Any]) -> str:
 
     parameters, flops = card["parameters"], card["flops_per_token"]
     cache, weights = card["cache_bytes_per_token"], card["weight_bytes"]
-    origin = [f"{key}  {card[key]}" for key in ("source", "reference") if card[key]]
+    origin = [(key, card[key]) for key in ("family", "source", "reference") if card[key]]
     counts = [
         (label, short(parameters[key]), f"{parameters[key]:,}")
         for label, key in (
@@ -61,10 +61,8 @@ def _text(card: dict[str, Any]) -> str:
         ("KV cache per token, fp32 / bf16", f"{binary(cache['fp32'])} / {binary(cache['bf16'])}"),
         ("weights, fp32 / bf16", f"{binary(weights['fp32'])} / {binary(weights['bf16'])}"),
     ]
-    heading = f"{card['name']} (family {card['family']})"
-    return "\n\n".join(
-        ["\n".join([heading, *origin]), columns(counts), columns(costs), columns(_layer_rows(parameters))]
-    )
+    tables = [columns(origin, left=2), columns(counts), columns(costs), columns(_layer_rows(parameters))]
+    return "\n\n".join([card["name"], *tables])
 
 
 def _layer_rows(parameters: dict[str, Any]) -> list[list[str]]:

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     rows = [("", spec.name, twin.name, "difference")]
     for by, (sparse, dense) in costs.items():
         mark = " (matched)" if by == args.by else ""
-        rows.append((DESCRIPTIONS[by] + mark, short(sparse), short(dense), f"{dense / sparse - 1:+.2%}"))
+        rows.append((DESCRIPTIONS[by] + mark, short(sparse), short(dense), f"{dense / sparse - 1:+z.2%}"))
     print(columns(rows))
     if args.out:
         print(f"\nwritten to {args.out}")

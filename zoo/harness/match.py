@@ -11,10 +11,11 @@ from typing import Literal, get_args
 
 from zoo.accounting import count_parameters, training_flops
 from zoo.config import ModelConfig, ModelSpec
+from zoo.families import expressible
 
 Quantity = Literal["active", "total", "flops"]
 
-DESCRIPTIONS: dict[str, str] = {
+DESCRIPTIONS: dict[Quantity, str] = {
     "active": "active parameters",
     "total": "total parameters",
     "flops": "training FLOPs per token",
@@ -34,8 +35,8 @@ def measure(config: ModelConfig, by: Quantity, sequence_length: int) -> float:
     return float(parameters.active if by == "active" else parameters.total)
 
 
-def match(spec: ModelSpec, by: Quantity, sequence_length: int = 2048) -> ModelSpec:
-    """Dense twin of ``spec`` that equals it in ``by`` within ``TOLERANCE``.
+def match(spec: ModelSpec, by: Quantity, sequence_length: int = 4096) -> ModelSpec:
+    """Dense twin of ``spec`` as a named model, of a family that can export it.
 
     Args:
         spec: a sparse model.
@@ -43,30 +44,36 @@ def match(spec: ModelSpec, by: Quantity, sequence_length: int = 2048) -> ModelSp
         sequence_length: tokens of a training sequence.
 
     Raises:
-        ValueError: ``spec`` is dense already, ``by`` is unknown, no whole width comes within the tolerance, or no
-            family of the zoo can express the twin.
+        ValueError: what ``dense_config`` raises, or no family of the zoo can express the twin.
     """
-    if by not in get_args(Quantity):
-        raise ValueError(f"by = {by!r}: use one of {', '.join(get_args(Quantity))}")
-    if spec.model.moe is None:
-        raise ValueError(f"{spec.name}: every layer is dense already; give a model with a moe block")
-    from zoo.families import expressible
-
-    config = _with_solved_width(spec, by, sequence_length)
+    try:
+        config = dense_config(spec.model, by, sequence_length)
+        family = expressible(config)
+    except ValueError as error:
+        raise ValueError(f"{spec.name}: {error}") from None
+    at = f" at {sequence_length} tokens" if by == "flops" else ""
     return ModelSpec(
         name=f"{spec.name}-dense-{by}",
-        family=expressible(config),
+        family=family,
         model=config,
-        reference=f"dense twin of {spec.name}, equal in {DESCRIPTIONS[by]}"
-        + (f" at {sequence_length} tokens" if by == "flops" else ""),
+        reference=f"dense twin of {spec.name}, equal in {DESCRIPTIONS[by]}{at}",
     )
 
 
-def _with_solved_width(spec: ModelSpec, by: Quantity, sequence_length: int) -> ModelConfig:
-    target = measure(spec.model, by, sequence_length)
+def dense_config(config: ModelConfig, by: Quantity, sequence_length: int) -> ModelConfig:
+    """``config`` without its moe block, with the FFN width that makes it equal in ``by`` within ``TOLERANCE``.
+
+    Raises:
+        ValueError: ``config`` is dense already, ``by`` is unknown, or no whole width comes within the tolerance.
+    """
+    if by not in get_args(Quantity):
+        raise ValueError(f"by = {by!r}: use one of {', '.join(get_args(Quantity))}")
+    if config.moe is None:
+        raise ValueError("every layer is dense already; give a model with a moe block")
+    target = measure(config, by, sequence_length)
 
     def dense(width: int) -> ModelConfig:
-        return replace(spec.model, moe=None, intermediate_size=width)
+        return replace(config, moe=None, intermediate_size=width)
 
     def difference(width: int) -> float:
         return measure(dense(width), by, sequence_length) / target - 1
@@ -77,7 +84,7 @@ def _with_solved_width(spec: ModelSpec, by: Quantity, sequence_length: int) -> M
     width = aligned if abs(difference(aligned)) <= TOLERANCE else nearest
     if abs(difference(width)) > TOLERANCE:
         raise ValueError(
-            f"{spec.name}: no dense FFN width gives its {DESCRIPTIONS[by]} ({target:,.0f}) within {TOLERANCE:.0%}; "
+            f"no dense FFN width gives its {DESCRIPTIONS[by]} ({target:,.0f}) within {TOLERANCE:.0%}; "
             f"the nearest, intermediate_size = {width}, differs by {difference(width):+.1%}"
         )
     return dense(width)

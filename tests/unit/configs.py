@@ -1,0 +1,79 @@
+"""Random small architectures for property tests (hypothesis strategies)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+from zoo.config import AttentionConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
+
+
+@st.composite
+def attention_configs(draw: st.DrawFn) -> AttentionConfig:
+    num_kv_heads = draw(st.integers(1, 3))
+    return AttentionConfig(
+        num_heads=num_kv_heads * draw(st.integers(1, 3)),
+        num_kv_heads=num_kv_heads,
+        head_dim=2 * draw(st.integers(1, 8)),
+        qkv_bias=draw(st.booleans()),
+        output_bias=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+        sliding_window=draw(st.none() | st.integers(1, 8)),
+    )
+
+
+@st.composite
+def mla_configs(draw: st.DrawFn) -> MLAConfig:
+    return MLAConfig(
+        num_heads=draw(st.integers(1, 4)),
+        kv_lora_rank=draw(st.integers(1, 16)),
+        q_lora_rank=draw(st.none() | st.integers(1, 16)),
+        qk_nope_head_dim=draw(st.integers(1, 8)),
+        qk_rope_head_dim=2 * draw(st.integers(1, 4)),
+        v_head_dim=draw(st.integers(1, 8)),
+    )
+
+
+@st.composite
+def moe_configs(draw: st.DrawFn, num_layers: int) -> MoEConfig:
+    num_groups, group_size = draw(st.integers(1, 3)), draw(st.integers(2, 4))
+    top_k_groups = draw(st.integers(1, num_groups))
+    top_k = draw(st.integers(1, top_k_groups * group_size))
+    num_shared_experts = draw(st.integers(0, 2))
+    return MoEConfig(
+        num_experts=num_groups * group_size,
+        top_k=top_k,
+        moe_intermediate_size=draw(st.integers(1, 32)),
+        score_func=draw(st.sampled_from(["softmax", "sigmoid"])),
+        norm_topk_prob=top_k > 1 and draw(st.booleans()),
+        num_groups=num_groups,
+        top_k_groups=top_k_groups,
+        group_score=draw(st.sampled_from(["max", "top2_sum"])),
+        router_bias=draw(st.booleans()),
+        num_shared_experts=num_shared_experts,
+        shared_expert_gate=num_shared_experts > 0 and draw(st.booleans()),
+        first_k_dense=draw(st.integers(0, num_layers - 1)),
+    )
+
+
+@st.composite
+def model_configs(draw: st.DrawFn, *, sparse: bool | None = None, max_layers: int = 4) -> ModelConfig:
+    """Any valid architecture; ``sparse`` fixes whether it has a moe block."""
+    num_layers = draw(st.integers(1, max_layers))
+    mixer: dict[str, Any] = (
+        {"mla": draw(mla_configs())} if draw(st.booleans()) else {"attention": draw(attention_configs())}
+    )
+    has_moe = draw(st.booleans()) if sparse is None else sparse
+    return ModelConfig(
+        vocab_size=draw(st.integers(2, 64)),
+        hidden_size=draw(st.integers(1, 32)),
+        num_layers=num_layers,
+        intermediate_size=draw(st.integers(1, 64)),
+        max_position_embeddings=64,
+        norm_eps=1e-6,
+        rope=RopeConfig(theta=10000.0),
+        moe=draw(moe_configs(num_layers)) if has_moe else None,
+        tie_word_embeddings=draw(st.booleans()),
+        **mixer,
+    )
