@@ -46,8 +46,8 @@ class _SentencePiece:
             self.vocab_size = 0
         if self.vocab_size < 1:
             raise ValueError(
-                f"{where}: not a sentencepiece model and not a {HF_FILE}; give one of the two (a tiktoken file has to be "
-                f"converted to {HF_FILE} first)"
+                f"{where}: not a sentencepiece model and not a {HF_FILE}; give one of the two (a tiktoken file has "
+                f"to be converted to {HF_FILE} first)"
             )
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -304,7 +304,9 @@ def _configured_id(backend: _Backend, config: dict[str, Any], key: str, where: P
         return default
     token_id = backend.token_to_id(token)
     if token_id is None:
-        raise ValueError(f"{where}: {key} = {token!r} is not in the vocabulary of {backend.file_name}; correct the name")
+        raise ValueError(
+            f"{where}: {key} = {token!r} is not in the vocabulary of {backend.file_name}; correct the name"
+        )
     return token_id
 
 
