@@ -1,0 +1,146 @@
+"""Every family against transformers: models saved by it, read from disk by our importer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hf_cases import CASES, CONTEXT, relative_difference, saved_model, tokens
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import zoo
+from zoo.families import family_of
+from zoo.model import Decoder
+from zoo.registry import find_spec, read_json
+from zoo.weights import export_checkpoint, import_checkpoint
+
+LOGITS = 1e-5
+GRADIENTS = 1e-4
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same weights in transformers and here."""
+
+    directory: Path
+    theirs: PreTrainedModel
+    ours: Decoder
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    directory = tmp_path_factory.mktemp(request.param)
+    theirs = saved_model(request.param, directory)
+    yield Pair(directory, theirs, zoo.load(directory))
+
+
+@torch.no_grad()
+def test_logits_past_the_original_context(pair: Pair) -> None:
+    ids = tokens(2, 3 * CONTEXT)
+    assert relative_difference(pair.ours(ids).logits, pair.theirs(ids).logits) < LOGITS
+
+
+def test_every_gradient(pair: Pair) -> None:
+    ids = tokens(2, CONTEXT + 16)
+    logits = pair.theirs(ids).logits, pair.ours(ids).logits
+    for model, out in zip((pair.theirs, pair.ours), logits, strict=True):
+        model.zero_grad()
+        F.cross_entropy(out[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    theirs = _in_our_layout(pair.directory, {n: p.grad for n, p in pair.theirs.named_parameters()})
+    ours = dict(pair.ours.named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name, parameter in ours.items():
+        assert parameter.grad is not None, name
+        difference = (parameter.grad - theirs[name]).abs().max() / theirs[name].abs().max()
+        assert difference < GRADIENTS, name
+
+
+def _in_our_layout(directory: Path, named: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """Gradients of a transformers model under our names, through the same operations as the weights."""
+    spec = find_spec(directory)
+    ops = family_of(read_json(directory / "config.json")).weight_map(spec.model, "fused")
+
+    def read(name: str) -> Tensor:
+        gradient = named.pop(name)
+        assert gradient is not None, name
+        return gradient
+
+    trainable = [op for op in ops if not op.targets[0].endswith("router.bias")]
+    mapped = dict(item for op in trainable for item in op.to_zoo(read))
+    assert not named
+    return mapped
+
+
+@torch.no_grad()
+def test_greedy_generation(pair: Pair) -> None:
+    prompt = tokens(2, CONTEXT - 8)
+    theirs = pair.theirs.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False, eos_token_id=None
+    )
+    assert zoo.generate(pair.ours, prompt, max_new_tokens=64) == theirs[:, prompt.shape[1] :].tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batch(pair: Pair, side: str) -> None:
+    length, lengths = CONTEXT + 10, (CONTEXT + 10, 23, 5)
+    ids, mask = tokens(3, length), torch.zeros(3, length, dtype=torch.int64)
+    for row, n in enumerate(lengths):
+        mask[row, length - n :] = 1 if side == "left" else 0
+        if side == "right":
+            mask[row, :n] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    theirs = pair.theirs(ids, attention_mask=mask, position_ids=positions).logits
+    ours = pair.ours(ids, attention_mask=mask).logits
+    assert relative_difference(ours[mask.bool()], theirs[mask.bool()]) < LOGITS
+
+
+@torch.no_grad()
+def test_packed_documents(pair: Pair) -> None:
+    lengths = (7, CONTEXT + 20, 1, 30)
+    ids = tokens(1, sum(lengths))
+    document_ids = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None]
+    ours = pair.ours(ids, document_ids=document_ids).logits
+    theirs = torch.cat([pair.theirs(part).logits for part in ids.split(lengths, dim=1)], dim=1)
+    assert relative_difference(ours, theirs) < LOGITS
+
+
+@torch.no_grad()
+def test_bf16_is_as_close_as_transformers_is_to_itself(pair: Pair) -> None:
+    ids = tokens(4, 2 * CONTEXT)
+    exact = pair.theirs(ids).logits
+    theirs = AutoModelForCausalLM.from_pretrained(pair.directory, dtype=torch.bfloat16)(ids).logits.float()
+    ours = zoo.load(pair.directory, dtype=torch.bfloat16)(ids).logits.float()
+    # The mean: a token on the border between two experts may go either way, and then differs much.
+    assert (ours - exact).abs().mean() < 1.1 * (theirs - exact).abs().mean()
+
+
+@torch.no_grad()
+def test_export_is_loaded_by_transformers_and_reimport_is_bit_equal(pair: Pair, tmp_path: Path) -> None:
+    import_checkpoint(pair.directory, tmp_path / "zoo")
+    export_checkpoint(tmp_path / "zoo", tmp_path / "hf")
+    import_checkpoint(tmp_path / "hf", tmp_path / "again")
+    ids = tokens(2, 2 * CONTEXT)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert theirs.dtype == torch.float32
+    assert torch.equal(theirs(ids).logits, pair.theirs(ids).logits)
+    assert find_spec(tmp_path / "again").model == find_spec(tmp_path / "zoo").model == pair.ours.config
+    first, again = (tmp_path / name / "model.safetensors" for name in ("zoo", "again"))
+    assert first.read_bytes() == again.read_bytes()
+
+
+@torch.no_grad()
+def test_sharded_and_fused_layouts_give_the_same_weights(pair: Pair, tmp_path: Path) -> None:
+    pair.theirs.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
+    assert (tmp_path / "sharded" / "model.safetensors.index.json").is_file()
+    pair.theirs.save_pretrained(tmp_path / "fused", save_original_format=False)
+    expected = pair.ours.state_dict()
+    for layout in ("sharded", "fused"):
+        found = zoo.load(tmp_path / layout).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
