@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] not in COMMANDS:
         return _without_command(arguments)
     try:
-        return _run(arguments[0], arguments[1:])
+        code = _run(arguments[0], arguments[1:])
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("zoo: interrupted", file=sys.stderr)
         return 130

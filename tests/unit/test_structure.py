@@ -1,0 +1,119 @@
+"""The rules of the house that a machine can check (docs/architecture.md)."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+from zoo.families import FAMILIES
+
+TOP_LEVEL = {".ci", "checkpoints", "configs", "docs", "evaluation", "scripts", "tests", "zoo"}
+
+MODEL_PLACES = ("zoo/layers", "zoo/moe", "zoo/model.py", "zoo/cache.py")
+"""Where the architecture is written down: no collectives, and no family by name."""
+
+FAMILY_NAMES = {part for name in FAMILIES for part in re.findall(r"[a-z]+", name)} - {"moe", "v"}
+
+
+def python_files(repository: Path, *places: str) -> list[Path]:
+    return [f for place in places for f in sorted((repository / place).rglob("*.py") or [repository / place])] + [
+        repository / place for place in places if place.endswith(".py")
+    ]
+
+
+@pytest.fixture(scope="module")
+def tracked(repository: Path) -> list[str]:
+    """Files of the checkout that git knows."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=repository, capture_output=True, text=True, check=True)
+    return [name for name in listed.stdout.split("\0") if name and (repository / name).exists()]
+
+
+def test_top_level_folders_are_fixed(tracked: list[str]) -> None:
+    assert {name.split("/")[0] for name in tracked if "/" in name} <= TOP_LEVEL
+
+
+def test_no_file_names_a_place_of_one_machine(repository: Path, tracked: list[str]) -> None:
+    place = re.compile(rb"(?<![\w.:/-])/(?:work|root|home|opt|tmp|Users)/\w+")
+    found = {name: hit.group() for name in tracked if (hit := place.search((repository / name).read_bytes()))}
+    assert found == {}
+
+
+def test_blocks_know_nothing_of_processes(repository: Path) -> None:
+    forbidden = re.compile(r"torch\.distributed|\bDTensor\b|\bDeviceMesh\b|\bdevice_mesh\b|\ball_reduce\b|\bdist\.")
+    for path in python_files(repository, *MODEL_PLACES):
+        names = [*imports(path), *identifiers(path)]
+        assert [name for name in names if forbidden.search(name)] == [], path
+
+
+def test_blocks_name_no_family(repository: Path) -> None:
+    """In docstrings and comments papers are cited; ``llama3`` is the common name of a rotary scaling."""
+    for path in python_files(repository, *MODEL_PLACES):
+        words = [w for name in identifiers(path) for w in re.findall(r"[a-z]+", name.lower().replace("llama3", ""))]
+        assert FAMILY_NAMES.intersection(words) == set(), path
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported(repository: Path) -> None:
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    declared = {normal(requirement) for requirement in project["dependencies"]}
+    used = set()
+    for path in python_files(repository, "zoo"):
+        used |= {distribution_of(module) for module in imports(path)}
+    used |= {distribution_of(m) for path in python_files(repository, "evaluation") for m in imports(path)}
+    optional = {normal(r) for extra in project["optional-dependencies"].values() for r in extra}
+    assert used - declared - optional - {None, "moe-zoo"} == set()
+    assert declared - used <= NOT_IMPORTED
+
+
+NOT_IMPORTED: set[str] = {"tensorboard"}
+"""Needed without an import of ours: Lightning's TensorBoard logger."""
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Absolute modules that a file imports, late imports included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def identifiers(path: Path) -> Iterator[str]:
+    """Names, attributes and string values in a file, docstrings left out."""
+    tree = ast.parse(path.read_text())
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield ast.unparse(node)
+        elif isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.value
+
+
+def distribution_of(module: str) -> str | None:
+    """Distribution that a module comes from; None for the standard library."""
+    top = module.split(".")[0]
+    if top in sys.stdlib_module_names:
+        return None
+    return normal(DISTRIBUTIONS.get(top, [top])[0]) if top != "zoo" else "moe-zoo"
+
+
+DISTRIBUTIONS = packages_distributions()
+
+
+def normal(requirement: str) -> str:
+    """Normalised distribution name of a requirement (PEP 503)."""
+    name = re.match(r"[\w.-]+", requirement)
+    assert name
+    return re.sub(r"[-_.]+", "-", name.group()).lower()
