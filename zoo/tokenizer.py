@@ -19,6 +19,11 @@ HF_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 
 
+_KEEP_SPACES = b"\x1a\x02\x20\x00"
+"""``normalizer_spec { remove_extra_whitespaces: false }``: appended to a serialised message, a field replaces the one
+before it. transformers never squeezes spaces, whatever the model says, and scores must not depend on who tokenises."""
+
+
 class _Backend(Protocol):
     """What the two libraries have in common, without beginning-of-sequence or end-of-sequence tokens."""
 
@@ -40,7 +45,7 @@ class _SentencePiece:
         from sentencepiece import SentencePieceProcessor
 
         try:
-            self._model = SentencePieceProcessor(model_proto=data)
+            self._model = SentencePieceProcessor(model_proto=data + _KEEP_SPACES)
             self.vocab_size = int(self._model.vocab_size())
         except RuntimeError:
             self.vocab_size = 0
@@ -124,7 +129,7 @@ class Tokenizer:
             ``add_bos_token`` and ``add_eos_token``). ``encode`` does not act on them: the caller says what it wants.
 
     One difference to transformers is wanted: a sentencepiece model is run by sentencepiece, so a special token that is
-    spelled out in a text (``</s>``) stays text, and white space is normalised as the model was trained.
+    spelled out in a text (``</s>``) stays text.
     """
 
     def __init__(self, backend: _Backend, special: _Special, files: dict[str, bytes]) -> None:
