@@ -90,20 +90,50 @@ class Checkpoint(ModelCheckpoint):
         )
         self.every_n_steps = every_n_steps
         self.keep = keep
+        self._last_step = 0
+        self._deferred = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put the checkpoints into the run directory."""
         self.dirpath = str(Path(trainer.default_root_dir, CHECKPOINTS).absolute())
         super().setup(trainer, pl_module, stage)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Steps taken before this process are saved already."""
+        self._last_step = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if due, then remove what is older than the newest ``keep``."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if trainer.is_global_zero and trainer.global_step % self.every_n_steps == 0:
-            for old in list_checkpoints(Path(trainer.default_root_dir))[: -self.keep]:
-                old.unlink()
+        """Save at the end of an optimizer step that is due, never between its micro-batches."""
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        # Saved before a validation of the same step, the run would not repeat it if it were killed meanwhile.
+        self._deferred = _validation_follows(trainer)
+        if not self._deferred:
+            self._save_if_due(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what waited for the validation."""
+        if self._deferred:
+            self._deferred = False
+            self._save_if_due(trainer, pl_module)
+
+    def _save_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step % self.every_n_steps == 0:
+            super().on_train_batch_end(trainer, pl_module, None, None, 0)
+            if trainer.is_global_zero:
+                for old in list_checkpoints(Path(trainer.default_root_dir))[: -self.keep]:
+                    old.unlink()
+
+
+def _validation_follows(trainer: Trainer) -> bool:
+    """Whether Lightning validates right after the micro-batch that has just ended."""
+    batches = trainer.num_val_batches
+    available = sum(batches) if isinstance(batches, list) else batches
+    interval = trainer.val_check_batch
+    return bool(available and interval) and (trainer.fit_loop.total_batch_idx + 1) % interval == 0
 
 
 def list_checkpoints(run: Path) -> list[Path]:

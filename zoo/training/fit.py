@@ -51,7 +51,7 @@ class FitCLI(LightningCLI):
             run=False,
             save_config_callback=None,
             trainer_defaults=TRAINER_DEFAULTS,
-            parser_kwargs={"prog": "zoo fit", "parser_mode": "omegaconf", "exit_on_error": False},
+            parser_kwargs={"prog": "zoo fit", "parser_mode": "omegaconf", "exit_on_error": False, "allow_abbrev": False},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
@@ -97,7 +97,7 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the loggers and callbacks of every run beside those of the config."""
         config = self.config_init.trainer
-        callbacks = [MetricsLog(), ExpertLoad(), RandomState()]
+        callbacks = [ExpertLoad(), MetricsLog(), RandomState()]
         if config.enable_progress_bar is not False:
             callbacks.append(TrainingProgress())
         return super().instantiate_trainer(
@@ -145,18 +145,25 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _explain(message: str, parser: LightningArgumentParser) -> str:
-    """A parser error in one line, with the nearest key where the key is unknown."""
+    """A parser error in one line, with the nearest key where it names an unknown one."""
     message = " ".join(message.split())
-    unknown = re.search(r"(?:Key|key|Option|argument[s]?:?) '?-{0,2}([\w.]+)'?", message)
-    keys = [action.dest for action in parser._actions]
-    if unknown and unknown[1] not in keys:
-        close = difflib.get_close_matches(unknown[1], keys, n=1, cutoff=0.5)
-        message += f"; did you mean {close[0]!r}?" if close else ""
-    return message
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)|(?:Option|option) '([\w.]+)'", message)
+    if not unknown:
+        return message
+    key = unknown[1] or unknown[2]
+    group = re.search(r"Group '([\w.]+)'", message)
+    if group:
+        key = f"{group[1]}.{key}"
+    keys = [action.dest for action in parser._actions if "." in action.dest or action.dest == "seed_everything"]
+    same_name = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
+    close = same_name or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else "zoo fit --help_all explains all keys"
+    return f"unknown key {key!r}; {hint}"
 
 
 def _quiet_libraries() -> None:
     """Leave standard error to the progress and to errors: no advertisements, no notes on what is set here anyway."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*exists and is not empty.*", ".*is not resumable.*"):
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*exists and is not empty.*", ".*LeafSpec.*"):
         warnings.filterwarnings("ignore", message=message)

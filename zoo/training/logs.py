@@ -128,8 +128,9 @@ class MetricsLog(Callback):
 class ExpertLoad(Callback):
     """How the tokens of a logging interval were spread over the experts of every MoE layer.
 
-    Entropy (1 = uniform) and the busiest expert's load over the mean go to the loggers, the load of every expert, as
-    fractions that sum to 1 a layer, to ``expert_load.jsonl``: ``{"step": 100, "layers": {"1": [0.12, …], …}}``.
+    Entropy (1 = uniform) and the busiest expert's load over the mean join the module's metrics, which ``MetricsLog``
+    after it writes; the load of every expert, as fractions that sum to 1 a layer, goes to ``expert_load.jsonl``:
+    ``{"step": 100, "layers": {"1": [0.12, …], …}}``.
     """
 
     def __init__(self) -> None:
@@ -165,19 +166,15 @@ class ExpertLoad(Callback):
         self._counts = counts if self._counts is None else self._counts.to(counts.device) + counts
         if trainer.global_step % trainer.log_every_n_steps == 0:
             layers = [i for i in range(config.num_layers) if config.is_moe_layer(i)]
-            self._write(trainer, dict(zip(layers, expert_load(self._counts).cpu(), strict=True)))
+            loads = dict(zip(layers, expert_load(self._counts).cpu(), strict=True))
             self._counts = None
-
-    def _write(self, trainer: Trainer, loads: dict[int, Tensor]) -> None:
-        metrics = {}
-        for layer, load in loads.items():
-            metrics[f"router/layer_{layer}/entropy"] = load_entropy(load).item()
-            metrics[f"router/layer_{layer}/max_over_mean"] = max_over_mean(load).item()
-        log_metrics(trainer, metrics)
-        if trainer.is_global_zero:
-            line = {"step": trainer.global_step, "layers": {str(i): load.tolist() for i, load in loads.items()}}
-            with Path(trainer.default_root_dir, LOAD_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            for layer, load in loads.items():
+                pl_module.step_metrics[f"router/layer_{layer}/entropy"] = load_entropy(load)
+                pl_module.step_metrics[f"router/layer_{layer}/max_over_mean"] = max_over_mean(load)
+            if trainer.is_global_zero:
+                line = {"step": trainer.global_step, "layers": {str(i): load.tolist() for i, load in loads.items()}}
+                with Path(trainer.default_root_dir, LOAD_FILE).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
 
 
 def log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+import yaml
 from lightning.pytorch import LightningModule
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -218,7 +219,7 @@ class ZooModule(LightningModule):
             "train/loss": loss,
             "train/lm_loss": lm_loss,
             "train/grad_norm": torch.nn.utils.get_total_norm(gradients),
-            "train/lr": torch.tensor(optimizer.param_groups[0]["lr"]),
+            "train/lr": torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64),
         }
         if self.spec.model.moe:
             self.step_metrics |= {"train/load_balance_loss": load_balance, "train/z_loss": z}
@@ -255,7 +256,15 @@ def _resolve(name: str, overrides: dict[str, Any]) -> ModelSpec:
         return spec
     if Path(name).is_dir():
         raise ValueError(f"model.overrides = {overrides}: the weights in {name} fix the model; remove the overrides")
-    merged = OmegaConf.to_container(OmegaConf.merge(to_dict(spec.model), overrides))
+    merged = OmegaConf.to_container(OmegaConf.merge(to_dict(spec.model), _parse_values(overrides)))
     model = from_dict(ModelConfig, merged, "model.overrides")
     # Weights of the changed model are not those of the published source, and maybe not of its family.
     return dataclasses.replace(spec, model=model, family=expressible(model), source=None, reference=None)
+
+
+def _parse_values(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of nested overrides arrive from the command line as strings; read them as YAML."""
+    return {
+        key: _parse_values(value) if isinstance(value, Mapping) else yaml.safe_load(value) if isinstance(value, str) else value
+        for key, value in overrides.items()
+    }

@@ -27,10 +27,10 @@ class OptimizerConfig:
     weight_decay: float = 0.1
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "lr", self.lr, "give a positive number such as 3e-4")
-        _require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "give two numbers in [0, 1)")
-        _require(self.eps > 0, "eps", self.eps, "give a positive number such as 1e-8")
-        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "give 0 or more")
+        _require(self.lr > 0, "optimizer.lr", self.lr, "give a positive number such as 3e-4")
+        _require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "give two numbers in [0, 1)")
+        _require(self.eps > 0, "optimizer.eps", self.eps, "give a positive number such as 1e-8")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "give 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +50,12 @@ class ScheduleConfig:
     min_ratio: float = 0.1
 
     def __post_init__(self) -> None:
-        _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "give 0 or more steps")
-        _require(self.decay_steps >= 0, "decay_steps", self.decay_steps, "give 0 or more steps")
-        _require(0 <= self.min_ratio <= 1, "min_ratio", self.min_ratio, "give a fraction between 0 and 1")
+        _require(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "give 0 or more steps")
+        _require(self.decay_steps >= 0, "schedule.decay_steps", self.decay_steps, "give 0 or more steps")
+        _require(0 <= self.min_ratio <= 1, "schedule.min_ratio", self.min_ratio, "give a fraction between 0 and 1")
         _require(
             self.shape == "wsd" or self.decay_steps == 0,
-            "decay_steps",
+            "schedule.decay_steps",
             self.decay_steps,
             "the cosine decays over all steps after the warm-up; set it to 0 or use shape: wsd",
         )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.loops.progress import _ProcessedTracker
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
@@ -85,9 +84,19 @@ class TokenDataModule(LightningDataModule):
         return samples + (self._batches_finished() - batches) * self.batch_size
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Endless batches, beginning after ``samples_seen``."""
+        """Endless batches, beginning after ``samples_seen``.
+
+        Raises:
+            ValueError: the trainer waits for the end of an epoch, which does not come.
+        """
         rank, world_size = self._rank()
         dataset = self.train_dataset
+        trainer = self.trainer
+        if trainer and trainer.max_steps == -1 and trainer.max_epochs != -1 and trainer.limit_train_batches == 1.0:
+            raise ValueError(
+                f"trainer.max_epochs = {trainer.max_epochs}: batches never end, so training is measured in steps; set "
+                f"trainer.max_steps instead (once over {self.data_dir} is {len(dataset) / self.batch_size:.1f} batches)"
+            )
         sampler = TrainSampler(len(dataset), self.batch_size, self.seed, lambda: self.samples_seen, rank, world_size)
         return self._loader(dataset, sampler)
 
@@ -128,9 +137,8 @@ class TokenDataModule(LightningDataModule):
     def _batches_finished(self) -> int:
         if self.trainer is None:
             return self._origin[1]
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.total
-        assert isinstance(progress, _ProcessedTracker)
-        return progress.processed
+        # Lightning's own count: of all epochs, restored with a checkpoint, increased when a training step is done.
+        return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.state_dict()["processed"])
 
     def _dataset(self, name: SplitName) -> PackedDataset:
         return PackedDataset(TokenSplit(self.data_dir, name), self.sequence_length)
