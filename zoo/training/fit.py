@@ -154,7 +154,7 @@ def _explain(message: str, parser: LightningArgumentParser) -> str:
     group = re.search(r"Group '([\w.]+)'", message)
     if group:
         key = f"{group[1]}.{key}"
-    keys = [action.dest for action in parser._actions if "." in action.dest or action.dest == "seed_everything"]
+    keys = [action.dest for action in parser._actions if ("." in action.dest) == ("." in key)]
     same_name = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
     close = same_name or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else "zoo fit --help_all explains all keys"
