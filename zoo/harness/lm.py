@@ -27,6 +27,7 @@ from tqdm import tqdm
 from zoo.generation import Stop, generate
 from zoo.model import Decoder
 from zoo.tokenizer import Tokenizer
+from zoo.weights.loading import load_with_tokenizer
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """The strings (or None), tokens of the context, tokens of the continuation."""
@@ -41,7 +42,7 @@ class ZooLM(TemplateLM):
 
     Args:
         pretrained: a decoder, or anything that ``zoo.load`` takes.
-        tokenizer: by default the one that lies beside ``pretrained``; needed where that is a decoder.
+        tokenizer: of the decoder; that of anything else lies beside its weights.
         batch_size: requests in one forward.
         device: by default the GPU if there is one; ignored where ``pretrained`` is a decoder.
         dtype: name of a torch dtype; ignored where ``pretrained`` is a decoder.
@@ -53,7 +54,7 @@ class ZooLM(TemplateLM):
     def __init__(
         self,
         pretrained: str | Decoder,
-        tokenizer: str | Tokenizer | None = None,
+        tokenizer: Tokenizer | None = None,
         *,
         batch_size: int | str = 1,
         device: str | None = None,
@@ -63,12 +64,14 @@ class ZooLM(TemplateLM):
         add_bos_token: bool | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(pretrained, Decoder):
-            if not isinstance(tokenizer, Tokenizer):
-                raise ValueError(f"tokenizer = {tokenizer!r}: give the Tokenizer that the decoder was trained with")
-            self.model, self.tokenizer = pretrained, tokenizer
-        else:
-            self.model, self.tokenizer = _load(pretrained, tokenizer, device, dtype)
+        if not isinstance(pretrained, Decoder):
+            pretrained, tokenizer = load_with_tokenizer(pretrained, dtype=dtype, device=device)
+        if tokenizer is None:
+            raise ValueError(
+                "tokenizer is not given: a decoder comes with none, so give the one that it was trained with"
+            )
+        self.model: Decoder = pretrained
+        self.tokenizer: Tokenizer = tokenizer
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size = {batch_size!r}: give a positive number of requests")
         self.batch_size = int(batch_size)
@@ -156,7 +159,8 @@ class ZooLM(TemplateLM):
         hidden = self.model(_right_padded(inputs, self._device), logits_to_keep=1).hidden[rows, columns]
         log_probs, greedy = self._log_probs(hidden, torch.tensor(targets, device=self._device))
         return [
-            (float(p.sum()), bool(g.all())) for p, g in zip(log_probs.split(lengths), greedy.split(lengths), strict=True)
+            (float(p.sum()), bool(g.all()))
+            for p, g in zip(log_probs.split(lengths), greedy.split(lengths), strict=True)
         ]
 
     def _log_probs(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,20 +235,6 @@ class ZooLM(TemplateLM):
             "model_num_parameters": sum(p.numel() for p in self.model.parameters()),
             "model_dtype": str(self.model.embed_tokens.weight.dtype),
         }
-
-
-def _load(
-    pretrained: str, tokenizer: str | Tokenizer | None, device: str | None, dtype: str
-) -> tuple[Decoder, Tokenizer]:
-    from zoo.weights import load
-
-    known = getattr(torch, dtype, None)
-    if not isinstance(known, torch.dtype):
-        raise ValueError(f"dtype = {dtype!r}: give the name of a torch dtype, such as float32 or bfloat16")
-    model = load(pretrained, dtype=known, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if not isinstance(tokenizer, Tokenizer):
-        tokenizer = Tokenizer.load(tokenizer or pretrained)
-    return model, tokenizer
 
 
 def _batches(items: Iterable[Any], size: int, length: Callable[[Any], int] = len) -> Iterator[list[Any]]:

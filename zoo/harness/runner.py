@@ -69,9 +69,15 @@ def evaluate(
     if limit is not None and limit < 1:
         raise ValueError(f"limit = {limit}: give a positive number of documents, or none for all")
     if data_root is not None and not data_root.is_dir():
-        raise ValueError(f"data_root = {data_root}: no such directory; give the folder that holds the mirrored data sets")
+        raise ValueError(
+            f"data_root = {data_root}: no such directory; give the folder that holds the mirrored data sets"
+        )
     lm = ZooLM(model, tokenizer, batch_size=batch_size)
-    seeds = {} if seed is None else {f"{of}_seed": seed for of in ("random", "numpy_random", "torch_random", "fewshot_random")}
+    seeds = (
+        {}
+        if seed is None
+        else {f"{of}_seed": seed for of in ("random", "numpy_random", "torch_random", "fewshot_random")}
+    )
     with _offline(data_root is not None), _quiet():
         results: dict[str, Any] = lm_eval.simple_evaluate(
             lm,
@@ -151,7 +157,10 @@ def _offline(enabled: bool) -> Iterator[None]:
         yield
         return
     with contextlib.ExitStack() as stack:
-        for module, setting in ((datasets.config, "HF_DATASETS_OFFLINE"), (huggingface_hub.constants, "HF_HUB_OFFLINE")):
+        for module, setting in (
+            (datasets.config, "HF_DATASETS_OFFLINE"),
+            (huggingface_hub.constants, "HF_HUB_OFFLINE"),
+        ):
             stack.callback(setattr, module, setting, getattr(module, setting))
             setattr(module, setting, True)
         yield
@@ -275,11 +284,12 @@ def interval(value: float, stderr: float, count: int, z: float = 1.959964) -> tu
 
 def results_table(results: Mapping[str, Any]) -> Table:
     """``summary_rows`` for the terminal."""
+    from rich import box
     from rich.table import Table
 
-    table = Table()
-    for header in ("task", "metric", "shots", "documents", "value", "stderr", "95% interval"):
-        table.add_column(header, justify="left" if header in ("task", "metric") else "right")
+    table = Table(box=box.SIMPLE_HEAD)
+    for header in ("task", "metric", "shots", "n", "value", "stderr", "95% interval"):
+        table.add_column(header, justify="left" if header in ("task", "metric") else "right", no_wrap=True)
     for row in summary_rows(results):
         low_high = row["interval"]
         table.add_row(

@@ -11,6 +11,7 @@ from torch import Tensor
 from zoo.config import CONFIG_FILE, ModelConfig, ModelSpec, load_spec, save_spec
 from zoo.model import Decoder
 from zoo.registry import checkpoint_dirs, find_spec, model_names
+from zoo.tokenizer import Tokenizer, check_vocab
 from zoo.weights.convert import open_published, open_zoo, published_directory, tracked
 from zoo.weights.hub import download, is_hub_id
 from zoo.weights.target import MAX_SHARD_BYTES, copy_tokenizer, new_directory, write_tensors
@@ -42,6 +43,34 @@ def load(
             return _filled(config, ((name, tensors.read(name)) for name in tensors.entries), dtype, device)
     with open_published(published_directory(directory)) as (spec, stream):
         return _filled(spec.model, tracked(stream, "loading", progress), dtype, device)
+
+
+def load_with_tokenizer(
+    source: str | Path, *, dtype: str = "float32", device: str | None = None, progress: bool = False
+) -> tuple[Decoder, Tokenizer]:
+    """A trained decoder and the tokenizer that lies beside it, by settings as a command line spells them.
+
+    Args:
+        source: as for ``load``.
+        dtype: name of a torch dtype.
+        device: name of a torch device; by default the GPU if there is one.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        ValueError: as ``load``; an unknown dtype or device; a tokenizer that is missing or larger than the embedding.
+    """
+    torch_dtype = getattr(torch, dtype, None)
+    if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
+        raise ValueError(f"dtype = {dtype!r}: give a floating torch dtype, such as float32 or bfloat16")
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"device = {device!r}: give a torch device, such as cpu or cuda:0") from None
+    directory = checkpoint_directory(source)
+    tokenizer = Tokenizer.load(directory)
+    model = load(directory, dtype=torch_dtype, device=place, progress=progress)
+    check_vocab(tokenizer, model.config.vocab_size, str(source))
+    return model, tokenizer
 
 
 def checkpoint_directory(source: str | Path) -> Path:

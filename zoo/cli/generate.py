@@ -1,0 +1,71 @@
+"""``zoo generate``: continue a prompt, text shown as it is made."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Continue a prompt with a checkpoint. The text goes to standard output as it is made, and tokens per second to\n"
+        "standard error at the end. Without --temperature, each token is the most probable one."
+    )
+    parser.epilog = (
+        'example:\n  zoo generate checkpoints/mixtral-tiny --prompt "Once upon a time" --temperature 0.8 --top-p 0.95'
+    )
+    parser.add_argument("source", metavar="CKPT", help="checkpoint directory, hub id, or name from `zoo list`")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue; `-` reads standard input")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="most new tokens (default 128)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="above 0 to sample (default 0)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K most probable tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample from the most probable tokens that sum to P")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the sampling; a new one each time by default")
+    parser.add_argument("--dtype", default="float32", help="torch dtype of the weights (default float32)")
+    parser.add_argument("--device", metavar="DEVICE", help="such as cuda; the GPU by default if there is one")
+    parser.add_argument("--json", action="store_true", help="print prompt, text, tokens and speed as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    import json
+    import sys
+    import time
+
+    from zoo.generation import TextStream, stream
+    from zoo.weights.loading import load_with_tokenizer
+
+    model, tokenizer = load_with_tokenizer(args.source, dtype=args.dtype, device=args.device, progress=True)
+    prompt_text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = tokenizer.encode(prompt_text, bos=tokenizer.add_bos)
+    text = TextStream(tokenizer, prompt)
+    pieces: list[str] = []
+    tokens: list[int] = []
+    start = time.perf_counter()
+    for _, token in stream(
+        model,
+        [prompt],
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        eos_id=tokenizer.eos_id,
+        seed=args.seed,
+    ):
+        tokens.append(token)
+        pieces.append(text.push(token))
+        if not args.json:
+            print(pieces[-1], end="", flush=True)
+    seconds = time.perf_counter() - start
+    pieces.append(text.flush())
+    speed = len(tokens) / seconds
+    if args.json:
+        result = {
+            "prompt": prompt_text,
+            "text": "".join(pieces),
+            "tokens": tokens,
+            "tokens_per_second": round(speed, 1),
+        }
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        print(pieces[-1], flush=True)
+    print(f"{len(prompt)} + {len(tokens)} tokens, {speed:.1f} new tokens/s", file=sys.stderr)
+    return 0
