@@ -107,8 +107,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 """Name → config.json fields, in the spelling of the hub."""
 
-MOE_CASES = [name for name, fields in CASES.items() if "moe" in name or fields["model_type"] in ("mixtral", "deepseek_v3")]
-
 
 def random_model(case: str, seed: int = 0) -> PreTrainedModel:
     """A transformers model with every tensor drawn, wide enough that routing and attention are far from uniform."""

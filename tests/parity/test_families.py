@@ -42,7 +42,10 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @torch.no_grad()
 def test_logits_past_the_original_context(pair: Pair) -> None:
     ids = tokens(2, 3 * CONTEXT)
-    assert relative_difference(pair.ours(ids).logits, pair.theirs(ids).logits) < LOGITS
+    ours = pair.ours(ids)
+    assert relative_difference(ours.logits, pair.theirs(ids).logits) < LOGITS
+    for routing in ours.router_outputs:  # the case would prove little if some experts were never chosen
+        assert len(routing.experts.unique()) == routing.scores.shape[1]
 
 
 def test_every_gradient(pair: Pair) -> None:
@@ -112,12 +115,12 @@ def test_packed_documents(pair: Pair) -> None:
 
 @torch.no_grad()
 def test_bf16_is_as_close_as_transformers_is_to_itself(pair: Pair) -> None:
-    ids = tokens(4, 2 * CONTEXT)
+    ids = tokens(8, 2 * CONTEXT)
     exact = pair.theirs(ids).logits
     theirs = AutoModelForCausalLM.from_pretrained(pair.directory, dtype=torch.bfloat16)(ids).logits.float()
     ours = zoo.load(pair.directory, dtype=torch.bfloat16)(ids).logits.float()
-    # The mean: a token on the border between two experts may go either way, and then differs much.
-    assert (ours - exact).abs().mean() < 1.1 * (theirs - exact).abs().mean()
+    # Medians: rounding sends tokens on the border between two experts either way in both, and those few differ much.
+    assert (ours - exact).abs().median() < 1.1 * (theirs - exact).abs().median()
 
 
 @torch.no_grad()

@@ -14,9 +14,7 @@ from zoo.families.tensors import decoder_map
 def _read(fields: Fields) -> ModelConfig:
     fields.expect("mlp_bias", False)
     bias = fields.take(bool, "attention_bias", False)
-    return read_decoder(
-        fields, rope=read_rope(fields), attention=read_gqa(fields, qkv_bias=bias, output_bias=bias)
-    )
+    return read_decoder(fields, rope=read_rope(fields), attention=read_gqa(fields, qkv_bias=bias, output_bias=bias))
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:

@@ -179,9 +179,7 @@ def read_rope(
     readers = {"default": lambda *_: {}, "linear": _read_linear, "llama3": _read_llama3, "yarn": _read_yarn}
     if kind not in readers:
         raise ValueError(f"{scaling.where}: rope_type = {kind!r} is not supported; use one of {', '.join(readers)}")
-    rope = RopeConfig(
-        theta=theta, layout=layout, **readers[kind](scaling, fields.take(int, "max_position_embeddings"))
-    )
+    rope = RopeConfig(theta=theta, layout=layout, **readers[kind](scaling, fields.take(int, "max_position_embeddings")))
     scaling.finish()
     return rope
 

@@ -1,0 +1,297 @@
+"""``config.json`` as published on the hub, all fields, against the zoo's own configs and transformers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from zoo.families import FAMILIES, expressible, family_of, get_family
+from zoo.registry import find_spec, model_names
+
+_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.0.dev0",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+
+_MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mixtral",
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.36.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+
+_QWEN_MOE = {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+    "decoder_sparse_step": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 5632,
+    "max_position_embeddings": 8192,
+    "max_window_layers": 21,
+    "model_type": "qwen2_moe",
+    "moe_intermediate_size": 1408,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 16,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "shared_expert_intermediate_size": 5632,
+    "sliding_window": 32768,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.39.0.dev0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+_DEEPSEEK_V2_LITE = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV2Config"},
+    "aux_loss_alpha": 0.001,
+    "bos_token_id": 100000,
+    "eos_token_id": 100001,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 10944,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v2",
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "pretraining_tp": 1,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.33.1",
+    "use_cache": True,
+    "v_head_dim": 128,
+    "vocab_size": 102400,
+}
+
+_DEEPSEEK_V3 = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    "aux_loss_alpha": 0.001,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "ep_size": 1,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "initializer_range": 0.02,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "pretraining_tp": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.33.1",
+    "use_cache": True,
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
+
+PUBLISHED = {
+    "llama-3.1-8b": _LLAMA,
+    "mixtral-8x7b": _MIXTRAL,
+    "qwen1.5-moe-a2.7b": _QWEN_MOE,
+    "deepseek-v2-lite": _DEEPSEEK_V2_LITE,
+    "deepseek-v3": _DEEPSEEK_V3,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_config_is_the_one_of_the_zoo(name: str) -> None:
+    family = family_of(PUBLISHED[name])
+    assert family.name == find_spec(name).family
+    assert family.from_hf(PUBLISHED[name]) == find_spec(name).model
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_spelling_of_transformers_5_means_the_same(name: str) -> None:
+    respelled = json.loads(AutoConfig.for_model(**PUBLISHED[name]).to_json_string())
+    assert "rope_parameters" in respelled
+    assert "rope_scaling" not in respelled
+    assert family_of(respelled).from_hf(respelled) == find_spec(name).model
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_every_config_goes_to_its_family_and_back(name: str) -> None:
+    spec = find_spec(name)
+    family = get_family(spec.family)
+    assert family.from_hf(family.to_hf(spec.model)) == spec.model
+    assert expressible(spec.model) in FAMILIES
+
+
+REFUSED: list[tuple[str, dict[str, Any]]] = [
+    ("mixtral-8x7b", {"hidden_act": "gelu"}),
+    ("mixtral-8x7b", {"router_jitter_noise": 0.1}),
+    ("mixtral-8x7b", {"attention_chunk_size": 8192}),
+    ("mixtral-8x7b", {"partial_rotary_factor": 0.5}),
+    ("mixtral-8x7b", {"final_logit_softcapping": 30.0}),
+    ("mixtral-8x7b", {"quantization_config": {"quant_method": "fp8"}}),
+    ("mixtral-8x7b", {"num_hidden_layers": "32"}),
+    ("mixtral-8x7b", {"rms_norm_eps": None}),
+    ("llama-3.1-8b", {"mlp_bias": True}),
+    ("llama-3.1-8b", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+    ("llama-3.1-8b", {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}),
+    ("qwen1.5-moe-a2.7b", {"decoder_sparse_step": 2}),
+    ("qwen1.5-moe-a2.7b", {"mlp_only_layers": [3]}),
+    ("qwen1.5-moe-a2.7b", {"use_sliding_window": True}),
+    ("qwen1.5-moe-a2.7b", {"shared_expert_intermediate_size": 5000}),
+    ("deepseek-v2-lite", {"topk_method": "noaux_tc"}),
+    ("deepseek-v2-lite", {"norm_topk_prob": True}),
+    ("deepseek-v2-lite", {"moe_layer_freq": 2}),
+    ("deepseek-v2-lite", {"rms_norm_eps": 1e-5}),
+    ("deepseek-v3", {"scoring_func": "softmax"}),
+    ("deepseek-v3", {"attention_bias": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), REFUSED, ids=lambda v: next(iter(v)) if isinstance(v, dict) else v)
+def test_what_the_blocks_do_not_have_is_refused_by_name(name: str, change: dict[str, Any]) -> None:
+    hf = PUBLISHED[name] | change
+    with pytest.raises(ValueError) as caught:
+        family_of(hf).from_hf(hf, "src/config.json")
+    message = str(caught.value)
+    (field,) = change
+    assert "src/config.json" in message
+    assert (field if field != "rope_scaling" else "rope_type") in message
+    assert "\n" not in message
+
+
+def test_unknown_model_type_is_refused() -> None:
+    with pytest.raises(ValueError, match="model_type = 'gpt2' is not supported; it must be one of llama,"):
+        family_of({"model_type": "gpt2"})
+
+
+def test_export_refuses_what_a_family_cannot_express() -> None:
+    with pytest.raises(ValueError, match=r"family mistral cannot express .*moe"):
+        get_family("mistral").to_hf(find_spec("mixtral-tiny").model)
+    with pytest.raises(ValueError, match=r"family llama cannot express attention.qkv_bias = True|output_bias"):
+        get_family("llama").to_hf(find_spec("qwen2-tiny").model)
