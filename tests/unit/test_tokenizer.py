@@ -156,7 +156,7 @@ def test_ids_outside_the_vocabulary_are_refused(trained: Path) -> None:
 def test_what_is_no_tokenizer_is_refused(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such tokenizer file or directory"):
         Tokenizer.load(tmp_path / "none")
-    with pytest.raises(ValueError, match="neither tokenizer.json nor tokenizer.model"):
+    with pytest.raises(ValueError, match=r"neither tokenizer\.json nor tokenizer\.model"):
         Tokenizer.load(tmp_path)
     for name, data, message in (
         ("tokenizer.model", b"\x80\x04pickle", "not a sentencepiece model"),
