@@ -206,8 +206,8 @@ def _check(model: Decoder, prompts: list[list[int]], max_new_tokens: int) -> Non
         low, high = min(prompt), max(prompt)
         if low < 0 or high >= vocab_size:
             raise ValueError(
-                f"prompt {number} holds token id {low if low < 0 else high}: the model's ids are 0 to {vocab_size - 1}; "
-                "use the model's own tokenizer"
+                f"prompt {number} holds token id {low if low < 0 else high}: the model's ids are 0 to "
+                f"{vocab_size - 1}; use the model's own tokenizer"
             )
 
 

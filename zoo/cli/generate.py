@@ -7,7 +7,7 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Continue a prompt with a checkpoint. The text goes to standard output as it is made, and tokens per second to\n"
+        "Continue a prompt with a checkpoint. The text goes to standard output as it is made; tokens per second go to\n"
         "standard error at the end. Without --temperature, each token is the most probable one."
     )
     parser.epilog = (
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
             "prompt": prompt_text,
             "text": "".join(pieces),
             "tokens": tokens,
-            "tokens_per_second": round(speed, 1),
+            "tokens_per_second": speed,
         }
         print(json.dumps(result, ensure_ascii=False))
     else:

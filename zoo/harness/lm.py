@@ -67,9 +67,7 @@ class ZooLM(TemplateLM):
         if not isinstance(pretrained, Decoder):
             pretrained, tokenizer = load_with_tokenizer(pretrained, dtype=dtype, device=device)
         if tokenizer is None:
-            raise ValueError(
-                "tokenizer is not given: a decoder comes with none, so give the one that it was trained with"
-            )
+            raise ValueError("no tokenizer is given: a decoder comes without, so give the one that it was trained with")
         self.model: Decoder = pretrained
         self.tokenizer: Tokenizer = tokenizer
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
@@ -96,7 +94,7 @@ class ZooLM(TemplateLM):
         return self.eot_token_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of ``string``; BOS as configured unless ``add_special_tokens`` says, once where the text spells it."""
+        """Token ids of ``string``, by default with BOS as configured, and once where the text spells it already."""
         if add_special_tokens is None and self._bos_text and string.startswith(self._bos_text):
             return self.tokenizer.encode(string.removeprefix(self._bos_text), bos=True)
         return self.tokenizer.encode(string, bos=self.add_bos if add_special_tokens is None else add_special_tokens)
@@ -148,7 +146,10 @@ class ZooLM(TemplateLM):
         self, inputs: Sequence[Sequence[int]], continuations: Sequence[Sequence[list[int]]]
     ) -> list[tuple[float, bool]]:
         """Scores of the continuations that end each input (less their last token), flattened."""
-        rows, columns, targets, lengths = [], [], [], []
+        rows: list[int] = []
+        columns: list[int] = []
+        targets: list[int] = []
+        lengths: list[int] = []
         for row, (tokens, shared) in enumerate(zip(inputs, continuations, strict=True)):
             for continuation in shared:
                 length = len(continuation)

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+_SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+
+
 def evaluate(
     model: Decoder,
     tokenizer: Tokenizer,
@@ -69,15 +72,9 @@ def evaluate(
     if limit is not None and limit < 1:
         raise ValueError(f"limit = {limit}: give a positive number of documents, or none for all")
     if data_root is not None and not data_root.is_dir():
-        raise ValueError(
-            f"data_root = {data_root}: no such directory; give the folder that holds the mirrored data sets"
-        )
+        raise ValueError(f"data_root = {data_root}: no such directory; give the folder of the mirrored data sets")
     lm = ZooLM(model, tokenizer, batch_size=batch_size)
-    seeds = (
-        {}
-        if seed is None
-        else {f"{of}_seed": seed for of in ("random", "numpy_random", "torch_random", "fewshot_random")}
-    )
+    seeds = {} if seed is None else dict.fromkeys(_SEEDS, seed)
     with _offline(data_root is not None), _quiet():
         results: dict[str, Any] = lm_eval.simple_evaluate(
             lm,
@@ -156,13 +153,11 @@ def _offline(enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
+    switches = ((datasets.config, "HF_DATASETS_OFFLINE"), (huggingface_hub.constants, "HF_HUB_OFFLINE"))
     with contextlib.ExitStack() as stack:
-        for module, setting in (
-            (datasets.config, "HF_DATASETS_OFFLINE"),
-            (huggingface_hub.constants, "HF_HUB_OFFLINE"),
-        ):
-            stack.callback(setattr, module, setting, getattr(module, setting))
-            setattr(module, setting, True)
+        for module, name in switches:
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, True)
         yield
 
 
@@ -188,7 +183,7 @@ def _quiet() -> Iterator[None]:
 
 
 def write_results(results: Mapping[str, Any], output: Path) -> Path:
-    """Write lm-eval's files into ``output``: ``results_<time>.json``, and ``samples_<task>_<time>.jsonl`` for each task.
+    """Write lm-eval's files into ``output``: ``results_<time>.json`` and ``samples_<task>_<time>.jsonl`` of each task.
 
     Each run has its own time in the names, so nothing is overwritten. A file appears under its name only when it is
     complete, the results last: where they are, everything is.
