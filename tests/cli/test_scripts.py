@@ -62,7 +62,7 @@ def test_a_failed_installation_shows_why_and_is_not_taken_for_complete(bare_clon
         (tools / tool).symlink_to(shutil.which(tool) or "")
     (clone / ".venv").mkdir()
     (clone / ".venv" / "rubbish").touch()
-    (clone / "constraints.txt").write_text("this is no pin\n")
+    (clone / "constraints.txt").write_text("hatchling==not a version\n")
     done = start(clone, tools, "test")
     assert done.returncode != 0
     assert "error: installation failed; the whole log is .cache/install.log" in done.stderr
