@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings
+from random_configs import model_configs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.unit.configs import model_configs
 from zoo.accounting import (
     cache_elements_per_token,
     count_buffers,

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_configs import model_configs
 
-from tests.unit.configs import model_configs
 from zoo.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from zoo.families import FAMILIES
 from zoo.harness.match import DESCRIPTIONS, MULTIPLE, TOLERANCE, Quantity, dense_config, match, measure
