@@ -133,7 +133,9 @@ def _validation_follows(trainer: Trainer) -> bool:
     batches = trainer.num_val_batches
     available = sum(batches) if isinstance(batches, list) else batches
     interval = trainer.val_check_batch
-    return bool(available and interval) and (trainer.fit_loop.total_batch_idx + 1) % interval == 0
+    if not available or not interval:
+        return False
+    return (trainer.fit_loop.total_batch_idx + 1) % interval == 0
 
 
 def list_checkpoints(run: Path) -> list[Path]:

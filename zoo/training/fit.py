@@ -51,7 +51,12 @@ class FitCLI(LightningCLI):
             run=False,
             save_config_callback=None,
             trainer_defaults=TRAINER_DEFAULTS,
-            parser_kwargs={"prog": "zoo fit", "parser_mode": "omegaconf", "exit_on_error": False, "allow_abbrev": False},
+            parser_kwargs={
+                "prog": "zoo fit",
+                "parser_mode": "omegaconf",
+                "exit_on_error": False,
+                "allow_abbrev": False,
+            },
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
@@ -97,7 +102,8 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the loggers and callbacks of every run beside those of the config."""
         config = self.config_init.trainer
-        callbacks = [ExpertLoad(), MetricsLog(), RandomState()]
+        every = config.log_every_n_steps
+        callbacks = [ExpertLoad(every), MetricsLog(every), RandomState()]
         if config.enable_progress_bar is not False:
             callbacks.append(TrainingProgress())
         return super().instantiate_trainer(
@@ -118,7 +124,7 @@ def fit(argv: list[str]) -> int:
     cli = FitCLI(argv)
     run = cli.run_directory
     if run.finished:
-        print(f"{run.path} is finished: the trained model is {run.final}; give another trainer.default_root_dir to train anew")
+        print(f"{run.path} is finished, its model is in {run.final}; train anew with another trainer.default_root_dir")
         return 0
     cli.model.check_vocabulary(cli.datamodule.tokenizer.vocab_size)
     run.record(cli.parser.dump(cli.config, skip_none=False), cli.config.seed_everything, run.latest_step)

@@ -46,9 +46,10 @@ class ContinuedCSVLogger(CSVLogger):
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
         """The writer of ``metrics.csv``, made on first use."""
-        if self._experiment is None:
-            self._experiment = _ContinuedWriter(self.log_dir, self._step)
-        return self._experiment
+        writer = self._experiment
+        if not isinstance(writer, ExperimentWriter):
+            writer = self._experiment = _ContinuedWriter(self.log_dir, self._step)
+        return writer
 
 
 class _ContinuedWriter(ExperimentWriter):
@@ -59,7 +60,7 @@ class _ContinuedWriter(ExperimentWriter):
         path = Path(self.metrics_file_path)
         if path.exists():
             rows = [row for row in _read_rows(path) if int(row["step"]) <= step]
-            self.metrics_keys = sorted({key for row in rows for key in row})
+            self.metrics_keys = sorted({"step"}.union(*rows))
             _replace(path, lambda file: _write_rows(file, self.metrics_keys, rows))
 
     def _check_log_dir_exists(self) -> None:
@@ -98,9 +99,13 @@ class MetricsLog(Callback):
 
     Lightning's own ``self.log`` reaches the disk after the checkpoint of the same step was saved; a kill between the
     two would lose the row for good. Callbacks run before checkpoints, so here no saved step lacks its row.
+
+    Args:
+        every_n_steps: Optimizer steps between two rows.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every_n_steps: int) -> None:
+        self.every_n_steps = every_n_steps
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,7 +120,7 @@ class MetricsLog(Callback):
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % self.every_n_steps == 0:
             log_metrics(trainer, {name: value.item() for name, value in pl_module.step_metrics.items()})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -131,9 +136,13 @@ class ExpertLoad(Callback):
     Entropy (1 = uniform) and the busiest expert's load over the mean join the module's metrics, which ``MetricsLog``
     after it writes; the load of every expert, as fractions that sum to 1 a layer, goes to ``expert_load.jsonl``:
     ``{"step": 100, "layers": {"1": [0.12, …], …}}``.
+
+    Args:
+        every_n_steps: Optimizer steps in an interval.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every_n_steps: int) -> None:
+        self.every_n_steps = every_n_steps
         self._counts: Tensor | None = None
         self._last_step = 0
 
@@ -164,7 +173,7 @@ class ExpertLoad(Callback):
         self._last_step = trainer.global_step
         counts = pl_module.step_expert_counts
         self._counts = counts if self._counts is None else self._counts.to(counts.device) + counts
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % self.every_n_steps == 0:
             layers = [i for i in range(config.num_layers) if config.is_moe_layer(i)]
             loads = dict(zip(layers, expert_load(self._counts).cpu(), strict=True))
             self._counts = None
@@ -190,4 +199,3 @@ def _step(line: str) -> float:
         return int(json.loads(line)["step"])
     except (json.JSONDecodeError, KeyError):
         return float("inf")
-

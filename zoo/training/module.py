@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from omegaconf import OmegaConf
 from torch import Tensor
 from torchmetrics import MeanMetric
@@ -28,6 +29,9 @@ from zoo.moe.stats import expert_counts
 from zoo.registry import find_spec
 from zoo.training.data.packing import IGNORED, PADDING_DOCUMENT
 from zoo.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer
+
+ADAMW = OptimizerConfig()
+COSINE = ScheduleConfig()
 
 
 @dataclass
@@ -77,8 +81,8 @@ class ZooModule(LightningModule):
         balance_scope: Literal["micro_batch", "sequence"] = "micro_batch",
         z_loss_coef: float = 0.0,
         bias_update_rate: float = 0.0,
-        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008: frozen, so safe to share
-        schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008
+        optimizer: OptimizerConfig = ADAMW,
+        schedule: ScheduleConfig = COSINE,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -184,7 +188,7 @@ class ZooModule(LightningModule):
     # Optimizer step
     # -------------------------------------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with a schedule over all optimizer steps of the run."""
         assert self.model is not None
         total_steps = self.trainer.max_steps
@@ -264,7 +268,10 @@ def _resolve(name: str, overrides: dict[str, Any]) -> ModelSpec:
 
 def _parse_values(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Values of nested overrides arrive from the command line as strings; read them as YAML."""
-    return {
-        key: _parse_values(value) if isinstance(value, Mapping) else yaml.safe_load(value) if isinstance(value, str) else value
-        for key, value in overrides.items()
-    }
+
+    def parse(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return _parse_values(value)
+        return yaml.safe_load(value) if isinstance(value, str) else value
+
+    return {key: parse(value) for key, value in overrides.items()}

@@ -41,7 +41,7 @@ class ScheduleConfig:
         shape: ``cosine`` (arXiv 1608.03983) or ``wsd``: warm-up, stable, decay (arXiv 2404.06395).
         warmup_steps: Optimizer steps until the peak.
         decay_steps: Last optimizer steps over which ``wsd`` decays; 0 keeps the peak to the end.
-        min_ratio: Learning rate of the last step, as a fraction of the peak.
+        min_ratio: Where the decay ends, as a fraction of the peak.
     """
 
     shape: Literal["cosine", "wsd"] = "cosine"
@@ -64,7 +64,8 @@ class ScheduleConfig:
 def lr_factor(schedule: ScheduleConfig, step: int, total_steps: int) -> float:
     """Fraction of the peak learning rate that update number ``step`` (from 0) of ``total_steps`` uses.
 
-    The last warm-up step uses the peak itself and the last step of a decay uses ``min_ratio``.
+    The last warm-up step uses the peak itself; the decay would reach ``min_ratio`` one step after the last, so that
+    no step is spent on it where it is 0.
 
     Raises:
         ValueError: warm-up and decay together are longer than the run.
@@ -78,10 +79,10 @@ def lr_factor(schedule: ScheduleConfig, step: int, total_steps: int) -> float:
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
     decay_steps = schedule.decay_steps if schedule.shape == "wsd" else total_steps - schedule.warmup_steps
-    done = step + 1 - (total_steps - decay_steps)
-    if done <= 0 or decay_steps == 0:
+    done = step - (total_steps - decay_steps)
+    if done <= 0:
         return 1.0
-    progress = min(done / decay_steps, 1.0)
+    progress = min(done / decay_steps, 1.0) if decay_steps else 0.0
     falling = (1 + math.cos(math.pi * progress)) / 2 if schedule.shape == "cosine" else 1 - progress
     return schedule.min_ratio + (1 - schedule.min_ratio) * falling
 

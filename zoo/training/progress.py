@@ -80,7 +80,11 @@ class TrainingProgress(ProgressBar):
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, description=text)
         else:
-            print(f"step {trainer.global_step}/{trainer.max_steps}  {text}", file=self._console.file, flush=True)
+            self._print(f"step {trainer.global_step}/{trainer.max_steps}  {text}")
+
+    def _print(self, line: str) -> None:
+        # One line whatever the width: it may be read by a program.
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what takes the time."""
@@ -92,8 +96,8 @@ class TrainingProgress(ProgressBar):
         self._resumed = time.monotonic()
         if self._enabled and not trainer.sanity_checking:
             loss, perplexity = (trainer.callback_metrics[f"val/{n}"].item() for n in ("loss", "perplexity"))
-            text = f"step {trainer.global_step}/{trainer.max_steps}  validation loss {loss:.4f}  perplexity {perplexity:.2f}"
-            (self._bar.console.print(text, highlight=False) if self._bar else print(text, file=self._console.file))
+            step = f"step {trainer.global_step}/{trainer.max_steps}"
+            self._print(f"{step}  validation loss {loss:.4f}  perplexity {perplexity:.2f}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the finished bar on the screen."""
@@ -107,4 +111,3 @@ class TrainingProgress(ProgressBar):
         if self._bar:
             self._bar.stop()
             self._bar = None
-
