@@ -45,7 +45,9 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
-        self.register_buffer("bias", torch.zeros(config.num_experts) if config.router_bias else None)
+        self.register_buffer(
+            "bias", torch.zeros(config.num_experts, dtype=torch.float32) if config.router_bias else None
+        )
 
     def forward(self, x: Tensor) -> RouterOutput:
         """x [T, D] → RouterOutput."""
