@@ -107,7 +107,7 @@ def _write(
         version=VERSION,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
-        dtype=token_dtype(tokenizer.vocab_size).str,
+        dtype="<u2" if token_dtype(tokenizer.vocab_size).itemsize == 2 else "<u4",
         bos=tokenizer.add_bos,
         eos=tokenizer.eos_id is not None,
         validation_fraction=validation_fraction,

@@ -73,8 +73,8 @@ class Manifest:
     version: int
     tokenizer_fingerprint: str
     vocab_size: int
-    dtype: str
-    """numpy spelling, ``<u2`` or ``<u4``."""
+    dtype: Literal["<u2", "<u4"]
+    """Little-endian unsigned integers of two or four bytes, in numpy's spelling."""
     bos: bool
     """Whether every document begins with the tokenizer's beginning-of-sequence token."""
     eos: bool
