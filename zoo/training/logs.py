@@ -125,9 +125,9 @@ class MetricsLog(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log validation loss and perplexity."""
+        assert isinstance(pl_module, ZooModule)
         if not trainer.sanity_checking:
-            names = ("val/loss", "val/perplexity")
-            log_metrics(trainer, {name: trainer.callback_metrics[name].item() for name in names})
+            log_metrics(trainer, {name: value.item() for name, value in pl_module.val_metrics.items()})
 
 
 class ExpertLoad(Callback):

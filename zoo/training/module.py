@@ -101,6 +101,8 @@ class ZooModule(LightningModule):
         self.step_sums: StepSums | None = None
         self.step_metrics: dict[str, Tensor] = {}
         """Values of the last optimizer step, as they are logged; losses are means over its labels."""
+        self.val_metrics: dict[str, Tensor] = {}
+        """Values of the last validation, fp64."""
         self.step_expert_counts = torch.empty(0, 0, dtype=torch.int64)
         """[L, E], assignments to each expert in the last optimizer step."""
 
@@ -181,8 +183,9 @@ class ZooModule(LightningModule):
         """Mean negative log-likelihood of a token in nats, and its exponential, the perplexity."""
         loss = self.val_loss.compute()
         self.val_loss.reset()
-        # The callback MetricsLog writes them to the loggers; this makes them known to callbacks that monitor one.
-        self.log_dict({"val/loss": loss.float(), "val/perplexity": loss.exp().float()}, logger=False)
+        self.val_metrics = {"val/loss": loss, "val/perplexity": loss.exp()}
+        # For callbacks that monitor one. Lightning rounds to the precision of the run, so it does not write them.
+        self.log_dict(self.val_metrics, logger=False)
 
     # -------------------------------------------------------------------------------------------------------------
     # Optimizer step
@@ -227,6 +230,23 @@ class ZooModule(LightningModule):
         }
         if self.spec.model.moe:
             self.step_metrics |= {"train/load_balance_loss": load_balance, "train/z_loss": z}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm that was just measured. Lightning's own refuses fused optimizers under autocast.
+
+        Raises:
+            ValueError: another algorithm than clipping by the norm is asked for.
+        """
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise ValueError(f"trainer.gradient_clip_algorithm = {gradient_clip_algorithm}: only norm is supported")
+        if gradient_clip_val:
+            norm = self.step_metrics["train/grad_norm"]
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
 
     def optimizer_step(
         self,

@@ -94,8 +94,9 @@ class TrainingProgress(ProgressBar):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the validation loss and start the clock again."""
         self._resumed = time.monotonic()
+        assert isinstance(pl_module, ZooModule)
         if self._enabled and not trainer.sanity_checking:
-            loss, perplexity = (trainer.callback_metrics[f"val/{n}"].item() for n in ("loss", "perplexity"))
+            loss, perplexity = (pl_module.val_metrics[f"val/{name}"].item() for name in ("loss", "perplexity"))
             step = f"step {trainer.global_step}/{trainer.max_steps}"
             self._print(f"{step}  validation loss {loss:.4f}  perplexity {perplexity:.2f}")
 
