@@ -97,7 +97,7 @@ class ZooLM(TemplateLM):
         """Token ids of ``string``, by default with BOS as configured, and once where the text spells it already."""
         if add_special_tokens is None and self._bos_text and string.startswith(self._bos_text):
             return self.tokenizer.encode(string.removeprefix(self._bos_text), bos=True)
-        return self.tokenizer.encode(string, bos=self.add_bos if add_special_tokens is None else add_special_tokens)
+        return self.tokenizer.encode(string, bos=self.add_bos and add_special_tokens is not False)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text, in windows of ``max_length`` tokens that predict every token once."""

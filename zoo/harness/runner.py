@@ -79,7 +79,7 @@ def evaluate(
         results: dict[str, Any] = lm_eval.simple_evaluate(
             lm,
             tasks=list(tasks),
-            task_manager=_task_manager(tasks, include_path, data_root),
+            task_manager=task_manager(tasks, include_path, data_root),
             limit=limit,
             num_fewshot=num_fewshot,
             batch_size=batch_size,
@@ -109,8 +109,8 @@ class _MirrorFactory(TaskFactory):
             directory = (self._data_root / config["dataset_path"]).absolute()
             if not directory.is_dir():
                 raise ValueError(
-                    f"task {entry.name!r}: its data set {config['dataset_path']!r} is not in the mirror, looked for "
-                    f"{directory}; copy it there, or leave data_root out to read it from the hub"
+                    f"its data set {config['dataset_path']!r} is not in the mirror, looked for {directory}; "
+                    "copy it there, or leave data_root out to read it from the hub"
                 )
             config["dataset_path"] = str(directory)
         return config
@@ -118,12 +118,17 @@ class _MirrorFactory(TaskFactory):
     def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Any:
         try:
             return super()._build_task(entry, overrides)
-        except (DatasetsError, OSError) as error:
-            raise ValueError(f"task {entry.name!r}: its data set cannot be read: {error}") from error
+        except (DatasetsError, OSError, ValueError) as error:
+            source = "the hub" if self._data_root is None else str(self._data_root)
+            raise ValueError(f"task {entry.name!r} with data from {source}: {error}") from error
 
 
-def _task_manager(tasks: Sequence[str], include_path: Path | None, data_root: Path | None) -> TaskManager:
-    """A manager that knows all of ``tasks``."""
+def task_manager(tasks: Sequence[str], include_path: Path | None, data_root: Path | None) -> TaskManager:
+    """A manager that knows all of ``tasks`` and reads their data sets from ``data_root`` where that is given.
+
+    Raises:
+        ValueError: no task, an unknown one (naming the nearest), or no such ``include_path``.
+    """
     if not tasks:
         raise ValueError("no tasks are given: name at least one, such as boolq")
     if include_path is not None and not include_path.is_dir():
