@@ -92,6 +92,7 @@ CASES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
     "qwen3-moe": {**_QWEN_MOE, "model_type": "qwen3_moe", "norm_topk_prob": True},
+    "qwen3-moe-dense": {**_QWEN_MOE, "model_type": "qwen3_moe", "mlp_only_layers": [0, 1, 2]},
     "deepseek-v2": {
         **_V2,
         "topk_method": "group_limited_greedy",
@@ -123,7 +124,7 @@ def random_model(case: str, seed: int = 0) -> PreTrainedModel:
             elif name.endswith(("bias", "correction_bias")):
                 tensor.copy_(0.2 * noise)
             else:
-                tensor.copy_(noise * (0.5 if ".gate." in name else 0.12))
+                tensor.copy_(noise * (0.3 if ".gate." in name else 0.12))
     return model
 
 

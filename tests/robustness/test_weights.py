@@ -17,16 +17,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import zoo
 from zoo.cli.main import main
 from zoo.config import ModelSpec
 from zoo.families import get_family
 from zoo.model import Decoder, build
 from zoo.registry import find_spec
 from zoo.weights import export_checkpoint, import_checkpoint, load, save_model
+from zoo.weights.convert import parameter_shapes
+from zoo.weights.ops import source_shapes
 from zoo.weights.source import INDEX_FILE, SINGLE_FILE
 
 Tensors = dict[str, Tensor]
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def small(name: str) -> ModelSpec:
@@ -77,7 +80,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def refused(source: Path, match: str) -> None:
-    """``zoo import`` and ``zoo.load`` refuse ``source`` in one line; no output directory appears."""
+    """``import_checkpoint`` and ``load`` refuse ``source`` in one line; no output directory appears."""
     out = source.parent / "out"
     with pytest.raises(ValueError, match=match) as caught:
         import_checkpoint(source, out)
@@ -137,7 +140,7 @@ class TestLeftOut:
 
     def test_mtp_layer(self, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["import", str(source), str(tmp_path / "out")]) == 0
-        assert "left out 1 tensors that are not part of the model: model.layers.2.eh_proj" in capsys.readouterr().out
+        assert "left out, as not part of the model (1 in all): model.layers.2.eh_proj.weight" in capsys.readouterr().out
         assert len(load(tmp_path / "out").layers) == 2
 
     def test_layer_after_the_mtp_layers(self, source: Path) -> None:
@@ -319,8 +322,7 @@ try:
 except OSError as error:
     print(error)
 """
-        root = Path(zoo.__file__).parents[1]
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
         assert run.stdout.startswith(f"{out}: cannot be written (")
         assert "nothing was changed there" in run.stdout
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
@@ -330,6 +332,33 @@ except OSError as error:
     def test_another_architecture_than_the_spec(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="describes another architecture"):
             save_model(build(small("llama-tiny").model), small("mistral-tiny"), tmp_path / "out")
+
+
+class TestStreaming:
+    def test_memory_stays_near_the_largest_group(self, tmp_path: Path) -> None:
+        """150 MB in groups of 8 MB, converted both ways in a process of its own whose peak memory is taken."""
+        spec = find_spec("mixtral-tiny")
+        moe = dataclasses.replace(spec.model.moe, moe_intermediate_size=1024)
+        config = dataclasses.replace(spec.model, num_layers=12, hidden_size=256, intermediate_size=1024, moe=moe)
+        family, source = get_family(spec.family), tmp_path / "source"
+        source.mkdir()
+        (source / "config.json").write_text(json.dumps(family.to_hf(config)))
+        shapes = source_shapes(family.weight_map(config), parameter_shapes(config))
+        save_file({n: torch.zeros(s, dtype=torch.bfloat16) for n, s in shapes.items()}, source / SINGLE_FILE)
+        code = """
+import resource, sys
+from zoo.registry import find_spec
+from zoo.weights.convert import export_checkpoint, import_checkpoint, parameter_shapes
+source, zoo, published = sys.argv[1:]
+parameter_shapes(find_spec(source).model)  # import all that is needed
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+import_checkpoint(source, zoo, max_shard_bytes=8_000_000)
+export_checkpoint(zoo, published, max_shard_bytes=8_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+        paths = [str(tmp_path / name) for name in ("source", "zoo", "hf")]
+        run = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True, cwd=ROOT)
+        assert int(run.stdout) * 1024 < (source / SINGLE_FILE).stat().st_size / 2
 
 
 class TestSource:

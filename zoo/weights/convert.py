@@ -53,7 +53,7 @@ class Conversion:
         lines = [f"{self.spec.name} ({self.spec.family}, {self.parameters:,} parameters): written to {self.directory}"]
         if self.left_out:
             names = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
-            lines.append(f"left out {len(self.left_out)} tensors that are not part of the model: {names}")
+            lines.append(f"left out, as not part of the model ({len(self.left_out)} in all): {names}")
         return "\n".join(lines)
 
 
@@ -136,6 +136,8 @@ class Stream:
         """For every operation, its tensors."""
         for op in self._ops:
             yield op.to_zoo(self._source.read) if self._to_zoo else op.to_published(self._source.read)
+            # The pages of an open file count as ours; closed after each group, they do not add up to the checkpoint.
+            self._source.close()
 
 
 def published_directory(source: str | Path) -> Path:

@@ -120,7 +120,8 @@ def save_model(
     if spec.model != model.config:
         raise ValueError(f"spec {spec.name!r} describes another architecture than the model's; give the model's config")
     directory = Path(directory)
-    if directory.exists() and not (directory / CONFIG_FILE).is_file() and any(directory.iterdir()):
+    is_checkpoint = (directory / CONFIG_FILE).is_file()
+    if directory.exists() and not is_checkpoint and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory}: exists and is not a zoo checkpoint; choose another place")
     with new_directory(directory, replace=True) as aside:
         if tokenizer_dir is not None:

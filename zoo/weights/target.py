@@ -50,8 +50,9 @@ def new_directory(out: Path, replace: bool = False) -> Iterator[Path]:
     """
     if out.exists() and not replace and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: already exists; choose another place or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    target = out.resolve()  # through a link, what it points to is replaced
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
         yield aside
         mask = _umask()
@@ -60,7 +61,11 @@ def new_directory(out: Path, replace: bool = False) -> Iterator[Path]:
             _sync(path)
         aside.chmod(0o777 & ~mask)
         _sync(aside)
-        _move(aside, out)
+        if replace:
+            _swap(aside, target)
+        else:
+            aside.replace(target)
+        _sync(target.parent)
     except SafetensorError as error:
         raise OSError(f"{out}: cannot be written ({error}); free some space; nothing was changed there") from None
     except OSError as error:
@@ -122,11 +127,10 @@ def copy_tokenizer(source: Path, directory: Path, vocab_size: int) -> None:
             shutil.copyfile(source / name, directory / name)
 
 
-def _move(aside: Path, out: Path) -> None:
+def _swap(aside: Path, out: Path) -> None:
     """Put ``aside`` in the place of ``out``. What was there is renamed away first, and back if that fails."""
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists():
         aside.replace(out)
-        _sync(out.parent)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
     out.replace(old)
@@ -135,7 +139,6 @@ def _move(aside: Path, out: Path) -> None:
     except OSError:
         old.replace(out)
         raise
-    _sync(out.parent)
     shutil.rmtree(old)
 
 
