@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 # One thread a process: tests run side by side, and results on CPU must not depend on the number of cores.
@@ -35,3 +36,55 @@ def shared_data() -> Path:
 def seeded() -> None:
     """Start every test from the same state of torch's generator, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def token_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data directory of short documents, so that labels are missing in every window, and 300 pieces."""
+    from zoo.training.data.builder import build
+    from zoo.training.data.sources import Source
+    from zoo.training.data.tokenizer_training import train_tokenizer
+
+    directory = tmp_path_factory.mktemp("token_data")
+    words = ("the", "a", "red", "blue", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "big", "small", "was")
+    draw = random.Random(0)
+    documents = [" ".join(draw.choices(words, k=draw.randint(5, 40))) for _ in range(400)]
+    (directory / "text.txt").write_text("\n".join(documents), encoding="utf-8")
+    source = Source(str(directory / "text.txt"), separator="\n")
+    tokenizer = train_tokenizer([source], 300, directory / "tokenizer")
+    build([source], tokenizer, directory / "data", validation_fraction=0.05)
+    return directory / "data"
+
+
+@pytest.fixture
+def fit_config(tmp_path: Path, token_data: Path) -> Path:
+    """A config for ``zoo fit``: 24 quick steps in ``tmp_path / "run"``, a selection bias and both balance losses."""
+    path = tmp_path / "fit.yaml"
+    path.write_text(
+        f"""\
+model:
+  name: deepseek-v3-tiny
+  overrides:
+    vocab_size: 300
+    hidden_size: 32
+    num_layers: 2
+    intermediate_size: 64
+    mla: {{num_heads: 2, kv_lora_rank: 16, q_lora_rank: 16, qk_nope_head_dim: 8, qk_rope_head_dim: 8, v_head_dim: 8}}
+    moe: {{num_experts: 8, moe_intermediate_size: 16}}
+  load_balance_coef: 0.01
+  z_loss_coef: 0.001
+  bias_update_rate: 0.001
+  optimizer: {{lr: 3.0e-3}}
+  schedule: {{warmup_steps: 4}}
+data: {{data_dir: {token_data}, sequence_length: 48, batch_size: 4}}
+trainer:
+  default_root_dir: {tmp_path / "run"}
+  accelerator: cpu
+  max_steps: 24
+  log_every_n_steps: 1
+  val_check_interval: 12
+checkpoint: {{every_n_steps: 5}}
+""",
+        encoding="utf-8",
+    )
+    return path

@@ -1,0 +1,181 @@
+"""The loss of an optimizer step, its gradients, and what follows it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchmetrics.text import Perplexity
+
+from zoo.model import build
+from zoo.moe.balance import load_balance_loss, z_loss
+from zoo.moe.router import Router
+from zoo.training.module import ZooModule
+
+B, S, V = 2, 12, 50
+SMALL = {
+    "vocab_size": V,
+    "hidden_size": 16,
+    "num_layers": 2,
+    "intermediate_size": 32,
+    "attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8},
+    "moe": {"num_experts": 4, "moe_intermediate_size": 8},
+}
+BIASED = {
+    "vocab_size": V,
+    "hidden_size": 16,
+    "num_layers": 2,
+    "intermediate_size": 32,
+    "mla": dict(num_heads=2, kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8),
+    "moe": {"num_experts": 8, "top_k": 2, "moe_intermediate_size": 8},
+}
+
+
+def batches(count: int) -> list[dict[str, Tensor]]:
+    """Micro-batches with unequal numbers of labels, two documents a row and padding in the last."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for i in range(count):
+        ids = torch.randint(0, V, (B, S + 1), generator=generator)
+        labels = ids[:, 1:].clone()
+        labels[:, 5] = -100
+        labels[0, : 3 * i] = -100
+        documents = torch.arange(S).ge(6).long().repeat(B, 1)
+        if i == count - 1:
+            documents[1, 9:] = -1
+            labels[1, 9:] = -100
+        made.append({"input_ids": ids[:, :-1], "labels": labels, "document_ids": documents})
+    return made
+
+
+class Gradients(Callback):
+    """Keeps the gradients that the optimizer used."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.values = {name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None}
+
+
+def one_step(module: ZooModule, micro_batches: list[dict[str, Tensor]], tmp_path: Path) -> dict[str, Tensor]:
+    """Take one optimizer step over ``micro_batches`` and return its gradients."""
+    gradients = Gradients()
+    trainer = Trainer(
+        max_steps=1,
+        accumulate_grad_batches=len(micro_batches),
+        accelerator="cpu",
+        logger=False,
+        callbacks=[gradients],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, DataLoader(micro_batches, batch_size=None))
+    return gradients.values
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("scope", ["micro_batch", "sequence"])
+def test_a_step_descends_the_mean_over_labels_plus_each_balance_loss_once(
+    count: int, scope: Any, tmp_path: Path
+) -> None:
+    module = ZooModule("mixtral-tiny", SMALL, load_balance_coef=0.3, balance_scope=scope, z_loss_coef=0.2, seed=3)
+    gradients = one_step(module, batches(count), tmp_path)
+
+    model = build(module.spec.model, seed=3).double()
+    total, labels = torch.zeros((), dtype=torch.float64), 0
+    for batch in batches(count):
+        out = model(batch["input_ids"], document_ids=batch["document_ids"])
+        mask = batch["document_ids"] >= 0
+        kept = batch["labels"] != -100
+        nll = -out.logits.log_softmax(-1)[kept].gather(-1, batch["labels"][kept].unsqueeze(-1)).sum()
+        balance = 0.3 * load_balance_loss(out.router_outputs, mask, scope) + 0.2 * z_loss(out.router_outputs, mask)
+        n = int(kept.sum())
+        total, labels = total + nll + n * balance, labels + n
+    loss = total / labels
+    loss.backward()
+
+    assert module.step_metrics["train/loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[f"model.{name}"].double(), parameter.grad, rtol=1e-3, atol=1e-6)
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    assert module.step_metrics["train/grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_a_split_step_has_the_gradients_of_the_whole_one(tmp_path: Path) -> None:
+    parts = batches(3)
+    whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    split = one_step(ZooModule("mixtral-tiny", SMALL), parts, tmp_path)
+    unsplit = one_step(ZooModule("mixtral-tiny", SMALL), [whole], tmp_path)
+    for name, gradient in unsplit.items():
+        torch.testing.assert_close(split[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_the_selection_bias_moves_once_a_step_by_the_load_of_all_micro_batches(tmp_path: Path) -> None:
+    module = ZooModule("deepseek-v3-tiny", BIASED, bias_update_rate=0.5, seed=1)
+    one_step(module, batches(3), tmp_path)
+
+    model = build(module.spec.model, seed=1)
+    counts = torch.zeros(8)
+    for batch in batches(3):
+        routing = model(batch["input_ids"], document_ids=batch["document_ids"]).router_outputs[0]
+        chosen = routing.experts[(batch["document_ids"] >= 0).flatten()]
+        counts += F.one_hot(chosen, 8).sum((0, 1))
+    assert counts.unique().numel() > 1
+    (router,) = (m for m in module.model.modules() if isinstance(m, Router))
+    assert router.bias is not None
+    torch.testing.assert_close(router.bias, 0.5 * torch.sign(counts.mean() - counts))
+    assert module.step_expert_counts.tolist() == [counts.long().tolist()]
+
+
+def test_validation_leaves_the_model_alone_and_weighs_every_label_the_same(tmp_path: Path) -> None:
+    module = ZooModule("deepseek-v3-tiny", BIASED, bias_update_rate=0.5)
+    module.configure_model()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    trainer.validate(module, DataLoader(batches(3), batch_size=None), verbose=False)
+
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    reference = Perplexity(ignore_index=-100)
+    with torch.no_grad():
+        for batch in batches(3):
+            reference.update(module(batch).logits, batch["labels"])
+    expected = reference.compute().item()
+    assert module.val_metrics["val/perplexity"].item() == pytest.approx(expected, rel=1e-5)
+    assert module.val_metrics["val/loss"].item() == pytest.approx(math.log(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "mixtral-tin"}, "did you mean 'mixtral-tiny'"),
+        ({"name": "mixtral-tiny", "overrides": {"moe": {"top_k": 9}}}, r"moe.top_k = 9: .* num_experts = 8"),
+        ({"name": "mixtral-tiny", "overrides": {"moe": {"topk": 2}}}, "unknown key 'topk'; did you mean 'top_k'"),
+        ({"name": "mixtral-tiny", "load_balance_coef": -1.0}, "model.load_balance_coef = -1.0"),
+        ({"name": "llama-tiny", "z_loss_coef": 0.1}, "model.z_loss_coef = 0.1: llama-tiny has no experts"),
+        ({"name": "mixtral-tiny", "bias_update_rate": 0.1}, "mixtral-tiny has no selection bias"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ZooModule(**arguments)
+
+
+def test_overrides_are_merged_and_read_as_yaml() -> None:
+    config = ZooModule("mixtral-tiny", {"num_layers": "3", "moe": {"top_k": "1", "norm_topk_prob": "false"}}).spec.model
+    assert config.moe is not None
+    assert (config.num_layers, config.moe.top_k, config.moe.norm_topk_prob, config.moe.num_experts) == (3, 1, False, 8)
+
+
+def test_a_dense_twin_is_an_override_away() -> None:
+    spec = ZooModule("mixtral-tiny", {"moe": None}).spec
+    assert spec.model.moe is None
+    assert spec.family != "mixtral"
