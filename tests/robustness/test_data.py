@@ -58,6 +58,7 @@ def bad_sources(directory: Path) -> dict[str, str]:
             "other.jsonl: line 1: no text column 'text'; there are 'id', 'body'",
         ),
         "number.jsonl": (b'{"text": 5}\n', "number.jsonl: line 1: 'text' is int, not text"),
+        "half.jsonl": (b'{"text": "\\ud800"}\n', "half.jsonl: line 1: 'text' holds half a surrogate pair"),
         "cut.parquet": (b"PAR1....", "cut.parquet: not a whole Parquet file"),
         "model.pkl": (b"\x80\x04", "model.pkl: unknown kind of file '.pkl'"),
     }
@@ -91,6 +92,18 @@ def test_a_hub_data_set_that_cannot_be_reached_is_one_line(tmp_path: Path, token
     with pytest.raises(ValueError, match="nobody/nothing: cannot be read as a hub data set") as error:
         build([Source("nobody/nothing")], tokenizer, tmp_path / "data")
     assert "\n" not in str(error.value)
+
+
+def test_configurations_and_splits_that_a_data_set_lacks_are_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "hub" / "stories").mkdir(parents=True)
+    parquet(tmp_path / "hub" / "stories" / "train.parquet", {"text": ["a"]})
+    location = str(tmp_path / "hub" / "stories")
+    for source, value in ((Source(f"{location}:french"), "french"), (Source(location, hub_split="test"), "test")):
+        with pytest.raises(
+            ValueError, match=rf"stories.*: cannot be read as a hub data set \(.*{value}.*; give"
+        ) as error:
+            build([source], tokenizer, tmp_path / "data")
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0])

@@ -107,7 +107,7 @@ def _write(
         version=VERSION,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
-        dtype="<u2" if token_dtype(tokenizer.vocab_size).itemsize == 2 else "<u4",
+        dtype=token_dtype(tokenizer.vocab_size),
         bos=tokenizer.add_bos,
         eos=tokenizer.eos_id is not None,
         validation_fraction=validation_fraction,
@@ -120,7 +120,7 @@ class _SplitWriter:
     """Appends documents to the token file and the offset file of one split."""
 
     def __init__(self, directory: Path, name: SplitName, tokenizer: Tokenizer) -> None:
-        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._dtype = np.dtype(token_dtype(tokenizer.vocab_size))
         self._vocab_size = tokenizer.vocab_size
         self._token_path = directory / f"{name}.bin"
         self._offset_path = directory / f"{name}.offsets"

@@ -7,7 +7,9 @@ bytes drive the progress bar.
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ TEXT_SUFFIXES = (".txt", ".text", ".md")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 PARQUET_SUFFIXES = (".parquet",)
 _CHUNK = 1 << 20
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 Documents = Iterator[tuple[str, int]]
 
@@ -124,7 +127,7 @@ def read_jsonl(path: Path, text_column: str) -> Documents:
                 continue
             try:
                 row = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: not JSON ({error}); correct or remove the line") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{where}: expected an object with the field {text_column!r}, got {text.strip()[:40]}")
@@ -158,17 +161,23 @@ def read_hub(location: str, split: str, text_column: str) -> Documents:
 
     path, config = _split_config(location)
     try:
-        rows = datasets.load_dataset(path, config, split=split, streaming=True)
-        for number, row in enumerate(rows, start=1):
-            where = f"{location}: row {number} of split {split!r}"
-            _check_column(text_column, list(row), where)
-            text = _check_text(row[text_column], text_column, where)
-            yield text, len(text.encode())
-    except (OSError, datasets.exceptions.DatasetsError) as error:
+        rows = iter(datasets.load_dataset(path, config, split=split, streaming=True))
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"{location}: cannot be read as a hub data set ({str(error).splitlines()[0]}); give an existing file, a "
-            "directory in hub layout, or a hub id while connected"
+            f"{location}: cannot be read as a hub data set ({' '.join(str(error).split())}); give an existing file, or "
+            "a directory in hub layout or hub id with one of its configurations (:config) and splits (--hub-split)"
         ) from None
+    for number in itertools.count(1):
+        where = f"{location}: row {number} of split {split!r}"
+        try:
+            row = next(rows, None)
+        except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+            raise ValueError(f"{where}: cannot be read ({' '.join(str(error).split())}); get the data again") from None
+        if row is None:
+            return
+        _check_column(text_column, list(row), where)
+        text = _check_text(row[text_column], text_column, where)
+        yield text, len(text.encode())
 
 
 def _split_config(location: str) -> tuple[str, str | None]:
@@ -200,4 +209,6 @@ def _check_column(column: str, available: Sequence[str], where: str) -> None:
 def _check_text(value: Any, column: str, where: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{where}: {column!r} is {type(value).__name__}, not text; choose another text column")
+    if _SURROGATE.search(value):  # JSON can spell half a character, which no encoding can write
+        raise ValueError(f"{where}: {column!r} holds half a surrogate pair; correct the text")
     return value

@@ -27,16 +27,18 @@ TOKENIZER_DIR = "tokenizer"
 FORMAT = "moe-zoo data"
 VERSION = 1
 
+TokenDtype = Literal["<u2", "<u4"]
+"""Little-endian unsigned integers of two or four bytes, in numpy's spelling."""
 SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation")
 OFFSET_DTYPE = np.dtype("<i8")
 
 
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smallest of the two stored types that holds every id below ``vocab_size``."""
+def token_dtype(vocab_size: int) -> TokenDtype:
+    """The smaller of the two stored types that holds every id below ``vocab_size``."""
     if vocab_size > 1 << 32:
         raise ValueError(f"vocab_size = {vocab_size}: token ids are stored in at most 32 bits; use a smaller tokenizer")
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+    return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +75,7 @@ class Manifest:
     version: int
     tokenizer_fingerprint: str
     vocab_size: int
-    dtype: Literal["<u2", "<u4"]
-    """Little-endian unsigned integers of two or four bytes, in numpy's spelling."""
+    dtype: TokenDtype
     bos: bool
     """Whether every document begins with the tokenizer's beginning-of-sequence token."""
     eos: bool
