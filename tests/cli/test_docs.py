@@ -1,8 +1,8 @@
 """The commands in the documentation do what the text beside them shows.
 
-A fenced ``console`` block after the line ``<!-- tested -->`` is run, line by line where it starts with ``$``, with the
-rest of the block as what must be printed; a line ``...`` stands for any lines. The blocks of a file share one empty
-directory in which ``configs`` and ``evaluation`` are the checkout's.
+In a fenced ``console`` block after the line ``<!-- tested -->``, a line that starts with ``$`` is a command, lines that
+start with ``>`` continue it, and the others are what it must print; ``...`` stands for any lines. The blocks of a file
+share one directory, in which ``configs`` and ``evaluation`` are the checkout's and nothing else is.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -25,16 +26,17 @@ BLOCK = re.compile(r"^<!-- tested -->\n+```console\n(.*?)^```$", re.MULTILINE | 
 @dataclass(frozen=True)
 class Command:
     text: str
-    expected: str
+    expected: list[str]
 
 
 def commands_of(document: Path) -> list[Command]:
     commands = []
     for block in BLOCK.findall(document.read_text(encoding="utf-8")):
         for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
-            # A backslash at the end of a line continues the command.
-            text, _, expected = re.sub(r"\\\n\s*", "", part).partition("\n")
-            commands.append(Command(text, expected))
+            first, *lines = part.splitlines()
+            continued = list(takewhile(lambda line: line.startswith(">"), lines))
+            text = "\n".join([first, *(line.removeprefix(">").removeprefix(" ") for line in continued)])
+            commands.append(Command(text, lines[len(continued) :]))
     return commands
 
 
@@ -69,9 +71,9 @@ def test_commands_print_what_the_document_shows(document: Path, tmp_path: Path) 
 
 
 def assert_shown(printed: str, command: Command) -> None:
-    pattern = "".join(
-        r"(?:.*\n)*?" if line == "..." else re.escape(line) + r"\s*\n"
-        for line in command.expected.rstrip().splitlines()
-    )
-    if pattern and not re.fullmatch(pattern, printed.rstrip() + "\n"):
-        assert printed == command.expected, command.text
+    """Compare line by line, blanks at the ends of lines and of the output left out."""
+    lines = [line.rstrip() for line in printed.rstrip().splitlines()]
+    expected = "\n".join(command.expected).rstrip().splitlines()
+    pattern = "".join(r"(?:.*\n)*" if line == "..." else re.escape(line.rstrip()) + r"\n" for line in expected)
+    if expected and not re.fullmatch(pattern, "".join(f"{line}\n" for line in lines)):
+        assert lines == expected, command.text
