@@ -65,6 +65,8 @@ class ZooLM(TemplateLM):
     ) -> None:
         super().__init__()
         if not isinstance(pretrained, Decoder):
+            if device == "cuda:0" and not torch.cuda.is_available():
+                device = None  # lm-eval's command line asks for it wherever it runs, and so means "if there is one"
             pretrained, tokenizer = load_with_tokenizer(pretrained, dtype=dtype, device=device)
         if tokenizer is None:
             raise ValueError("no tokenizer is given: a decoder comes without, so give the one that it was trained with")

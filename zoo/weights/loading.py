@@ -66,6 +66,8 @@ def load_with_tokenizer(
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise ValueError(f"device = {device!r}: give a torch device, such as cpu or cuda:0") from None
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device = {device!r}: there is no CUDA device here; use cpu")
     directory = checkpoint_directory(source)
     tokenizer = Tokenizer.load(directory)
     model = load(directory, dtype=torch_dtype, device=place, progress=progress)
