@@ -142,6 +142,24 @@ def test_validation_reads_the_whole_split_in_order(data_dir: Path, tmp_path: Pat
     assert len(torch.cat(model.validated)) == len(module.validation_dataset)
 
 
+def test_two_processes_read_what_one_reads(data_dir: Path, tmp_path: Path) -> None:
+    class Saver(Recorder):
+        def on_train_end(self) -> None:
+            name = f"{self.trainer.world_size}-{self.global_rank}.pt"
+            torch.save((torch.stack(self.trained), torch.cat(self.validated)), tmp_path / name)
+
+    settings = {"limit_val_batches": 1.0, "val_check_interval": 24, "use_distributed_sampler": False}
+    fit(TokenDataModule(data_dir, 16, 4), Saver(), tmp_path, **settings)
+    two = {"devices": 2, "strategy": "ddp_fork"}
+    # Forked, so that the workers need not import this file.
+    fit(TokenDataModule(data_dir, 16, 4), Saver(), tmp_path / "two", **settings, **two)
+    trained, validated = torch.load(tmp_path / "1-0.pt")
+    ranks = [torch.load(tmp_path / f"2-{rank}.pt") for rank in range(2)]
+    assert torch.equal(trained, torch.cat([rank[0] for rank in ranks], dim=1))
+    rows = torch.cat([rank[1] for rank in ranks])
+    assert sorted(row for row in rows.tolist() if any(row)) == sorted(validated.tolist())
+
+
 def test_data_without_validation_trains(data_dir: Path, tmp_path: Path) -> None:
     stories = data_dir.parent / "stories.txt"
     tokenizer = TokenDataModule(data_dir, 16, 4).tokenizer
