@@ -127,7 +127,7 @@ def fit(argv: list[str]) -> int:
         print(f"{run.path} is finished, its model is in {run.final}; train anew with another trainer.default_root_dir")
         return 0
     cli.model.check_vocabulary(cli.datamodule.tokenizer.vocab_size)
-    run.record(cli.parser.dump(cli.config, skip_none=False), cli.config.seed_everything, run.latest_step)
+    run.record(cli.parser.dump(cli.config, skip_unset=False), cli.config.seed_everything, run.latest_step)
     latest = run.latest_checkpoint
     print(f"resuming {run.path} after step {run.latest_step}" if latest else f"training in {run.path}", flush=True)
     try:
@@ -160,7 +160,11 @@ def _explain(message: str, parser: LightningArgumentParser) -> str:
     group = re.search(r"Group '([\w.]+)'", message)
     if group:
         key = f"{group[1]}.{key}"
-    keys = [action.dest for action in parser._actions if ("." in action.dest) == ("." in key)]
+    keys = [action.dest for action in parser._actions]
+    # A misspelt group is reported as each key in it.
+    top = key.split(".")[0]
+    key = key if top in keys else top
+    keys = [known for known in keys if ("." in known) == ("." in key)]
     same_name = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
     close = same_name or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else "zoo fit --help_all explains all keys"

@@ -243,7 +243,7 @@ class ZooModule(LightningModule):
             ValueError: another algorithm than clipping by the norm is asked for.
         """
         if gradient_clip_algorithm not in (None, "norm"):
-            raise ValueError(f"trainer.gradient_clip_algorithm = {gradient_clip_algorithm}: only norm is supported")
+            raise ValueError("trainer.gradient_clip_algorithm = value: only norm is supported; remove it")
         if gradient_clip_val:
             norm = self.step_metrics["train/grad_norm"]
             torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
