@@ -1,0 +1,186 @@
+"""The embedded data set: training text, and an evaluation mirror in the hub's layout.
+
+``train.jsonl`` holds one short document a line, in an order fixed by the seed:
+
+- statements: every fact of the world, in each of its relation's wordings;
+- closed-book questions with their answers, for half of the facts;
+- passages with a question and its answer (``passages.py``).
+
+``hub/moe-zoo/facts/<config>`` holds the evaluation: ``knowledge`` asks the other half of the facts, which the training
+text only states, and ``boolq``, ``copa`` and ``rte`` hold passages that no training document shares a fact with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from zoo.harness.facts.passages import TASKS, Inventor, as_text
+from zoo.harness.facts.world import ATTRIBUTION, Fact, World, load_world
+
+DATASET = "moe-zoo/facts"
+TRAINING_TEXT = "train.jsonl"
+VALIDATION_TEXT = "validation.jsonl"
+MIRROR = "hub"
+MANIFEST = "facts.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactsConfig:
+    """Sizes of the embedded data set."""
+
+    seed: int = 0
+    cities: int = 600
+    cities_per_country: int = 20
+    statements_per_fact: int = 40
+    """How often each fact is stated, over all wordings."""
+    questions_per_fact: int = 40
+    """How often each question of the asked half is asked and answered."""
+    passages: int = 12_000
+    """Training passages of each comprehension task."""
+    items: int = 500
+    """Evaluation items of each comprehension task."""
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name != "seed" and value < 1:
+                raise ValueError(f"{name} = {value}: give a positive number")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The data set in memory."""
+
+    training: list[str]
+    validation: list[str]
+    """Documents of the evaluation passages, for perplexity."""
+    tables: dict[str, list[dict[str, Any]]]
+    """Evaluation rows by config: knowledge, boolq, copa, rte."""
+    guesses: dict[str, float]
+    """Score that guessing reaches, by config. For knowledge: always the relation's most frequent answer."""
+
+
+def make(config: FactsConfig) -> Facts:
+    """The data set that ``config`` describes; equal configs give equal data."""
+    world = load_world(config.cities, config.cities_per_country)
+    asked, held_out = _halves(world, config.seed)
+    inventor = Inventor(world, "train", config.seed)
+    training = [
+        *_statements(world.facts, config.statements_per_fact),
+        *(_answered(fact) for fact in asked for _ in range(config.questions_per_fact)),
+        *(as_text(task, draw(inventor, i)) for task, draw in TASKS.items() for i in range(config.passages)),
+    ]
+    random.Random(config.seed).shuffle(training)
+    inventor = Inventor(world, "validation", config.seed)
+    items = {task: [draw(inventor, i) | {"idx": i} for i in range(config.items)] for task, draw in TASKS.items()}
+    validation = [
+        *(as_text(task, item) for task, rows in items.items() for item in rows),
+        *(_answered(fact) for fact in held_out),
+    ]
+    random.Random(config.seed).shuffle(validation)
+    guessed = sum(fact.value == world.most_frequent(fact.relation) for fact in held_out) / len(held_out)
+    return Facts(
+        training=training,
+        validation=validation,
+        tables={"knowledge": [_trivia(fact, i) for i, fact in enumerate(held_out)], **items},
+        guesses={"knowledge": guessed, **dict.fromkeys(TASKS, 0.5)},
+    )
+
+
+def write(config: FactsConfig, directory: Path) -> None:
+    """Write the data set into ``directory``, unless it is there already. The manifest comes last.
+
+    Raises:
+        ValueError: ``directory`` holds a data set made from another config.
+    """
+    manifest = directory / MANIFEST
+    if manifest.exists():
+        made_from = json.loads(manifest.read_text(encoding="utf-8"))["config"]
+        if made_from != asdict(config):
+            raise ValueError(f"{directory} was made from {made_from}, not from {asdict(config)}: give another directory")
+        return
+    facts = make(config)
+    mirror = directory / MIRROR / DATASET
+    mirror.mkdir(parents=True, exist_ok=True)
+    for name, rows in facts.tables.items():
+        (mirror / name).mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), mirror / name / "validation-00000-of-00001.parquet")
+    (mirror / "README.md").write_text(_dataset_card(facts.tables), encoding="utf-8")
+    for name, documents in ((TRAINING_TEXT, facts.training), (VALIDATION_TEXT, facts.validation)):
+        lines = (json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in documents)
+        _write_text(directory / name, "".join(lines))
+    summary = {"config": asdict(config), "guesses": facts.guesses, "attribution": ATTRIBUTION}
+    _write_text(manifest, json.dumps(summary, indent=2) + "\n")
+
+
+def guess_rates(directory: Path) -> dict[str, float]:
+    """Score that guessing reaches, by lm-eval task, for a data set on disk."""
+    guesses = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["guesses"]
+    return {f"facts_{name}": rate for name, rate in guesses.items()}
+
+
+def _halves(world: World, seed: int) -> tuple[list[Fact], list[Fact]]:
+    """Facts whose questions are in the training text, and facts whose questions are kept for evaluation."""
+    facts = list(world.facts)
+    random.Random(f"{seed}/halves").shuffle(facts)
+    middle = len(facts) // 2
+    return facts[:middle], facts[middle:]
+
+
+def _statements(facts: Iterable[Fact], repetitions: int) -> Iterable[str]:
+    for fact in facts:
+        for i in range(repetitions):
+            yield fact.state(i % len(fact.relation.statements))
+
+
+def _answered(fact: Fact) -> str:
+    return f"Question: {fact.question}\nAnswer: {fact.value}"
+
+
+def _trivia(fact: Fact, number: int) -> dict[str, Any]:
+    """A row of TriviaQA's rc.nocontext."""
+    empty: dict[str, list[str]] = {"filename": [], "title": []}
+    return {
+        "question": fact.question,
+        "question_id": f"facts_{number}",
+        "question_source": ATTRIBUTION,
+        "entity_pages": empty | {"doc_source": [], "wiki_context": []},
+        "search_results": empty | {"description": [], "rank": [], "url": [], "search_context": []},
+        "answer": {
+            "aliases": list(fact.aliases),
+            "normalized_aliases": [alias.lower() for alias in fact.aliases],
+            "matched_wiki_entity_name": "",
+            "normalized_matched_wiki_entity_name": "",
+            "normalized_value": fact.value.lower(),
+            "type": fact.relation.name,
+            "value": fact.value,
+        },
+    }
+
+
+def _dataset_card(tables: Iterable[str]) -> str:
+    configs = "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: validation\n    path: {name}/validation-*.parquet\n" for name in tables
+    )
+    return f"---\nlicense: cc-by-4.0\nconfigs:\n{configs}---\n\nMade by moe-zoo. Facts: {ATTRIBUTION}.\n"
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write aside, flush to the disk, rename."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.rename(path)
+    finally:
+        aside.unlink(missing_ok=True)
