@@ -107,6 +107,19 @@ def test_the_seed_is_that_of_the_weights(fit_config: Path) -> None:
     assert not torch.equal(embedding(5), embedding(6))
 
 
+def test_overrides_of_the_command_line_join_those_of_the_config(fit_config: Path) -> None:
+    overrides = [
+        "--model.overrides.moe.top_k",
+        "2",
+        "--model.overrides.moe.num_groups=2",
+        "--model.overrides.num_layers=3",
+    ]
+    config = FitCLI(["--config", str(fit_config), *overrides]).model.spec.model
+    assert config.moe is not None
+    assert (config.num_layers, config.hidden_size) == (3, 32)
+    assert (config.moe.top_k, config.moe.num_groups, config.moe.num_experts) == (2, 2, 8)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -169,8 +169,8 @@ def test_settings_that_do_not_fit_the_model_are_refused(arguments: dict[str, Any
         ZooModule(**arguments)
 
 
-def test_overrides_are_merged_and_read_as_yaml() -> None:
-    config = ZooModule("mixtral-tiny", {"num_layers": "3", "moe": {"top_k": "1", "norm_topk_prob": "false"}}).spec.model
+def test_overrides_are_merged_into_the_model() -> None:
+    config = ZooModule("mixtral-tiny", {"num_layers": 3, "moe": {"top_k": 1, "norm_topk_prob": False}}).spec.model
     assert config.moe is not None
     assert (config.num_layers, config.moe.top_k, config.moe.norm_topk_prob, config.moe.num_experts) == (3, 1, False, 8)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import logging
 import re
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from omegaconf import OmegaConf
 
 from zoo.training.checkpoint import AtomicCheckpointIO, Checkpoint, RandomState
 from zoo.training.data import TokenDataModule
@@ -77,7 +79,7 @@ class FitCLI(LightningCLI):
             ValueError: an unknown key or a value of the wrong type.
         """
         try:
-            self.config: Namespace = parser.parse_args(args)
+            self.config: Namespace = parser.parse_args(_join_overrides(args, parser))
         except argparse.ArgumentError as error:
             raise ValueError(_explain(str(error), parser)) from None
 
@@ -141,6 +143,28 @@ def fit(argv: list[str]) -> int:
     save_model(cli.model.model, cli.model.spec, run.final, tokenizer_dir=cli.datamodule.data_dir / TOKENIZER_DIR)
     print(f"trained model: {run.final}")
     return 0
+
+
+def _join_overrides(argv: list[str], parser: LightningArgumentParser) -> list[str]:
+    """``argv`` with all its ``--model.overrides.KEY VALUE`` as one value, merged into that of the configs.
+
+    jsonargparse would let ``--model.overrides.moe.top_k`` replace all that a config says of ``moe``.
+    """
+    prefix = "--model.overrides."
+    dotted: list[str] = []
+    rest: list[str] = []
+    left = iter(argv)
+    for argument in left:
+        if not argument.startswith(prefix):
+            rest.append(argument)
+            continue
+        key, equals, value = argument.removeprefix(prefix).partition("=")
+        dotted.append(f"{key}={value if equals else next(left, '')}")
+    if not dotted:
+        return argv
+    configured = parser.parse_args([a for a in rest if not a.startswith("--print_config")]).model.overrides
+    merged = OmegaConf.merge(configured or {}, OmegaConf.from_dotlist(dotted))
+    return [*rest, "--model.overrides", json.dumps(OmegaConf.to_container(merged))]
 
 
 def _listed(value: Any) -> list[Any]:

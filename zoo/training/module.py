@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-import yaml
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from omegaconf import OmegaConf
@@ -280,18 +279,7 @@ def _resolve(name: str, overrides: dict[str, Any]) -> ModelSpec:
         return spec
     if Path(name).is_dir():
         raise ValueError(f"model.overrides = {overrides}: the weights in {name} fix the model; remove the overrides")
-    merged = OmegaConf.to_container(OmegaConf.merge(to_dict(spec.model), _parse_values(overrides)))
+    merged = OmegaConf.to_container(OmegaConf.merge(to_dict(spec.model), overrides))
     model = from_dict(ModelConfig, merged, "model.overrides")
     # Weights of the changed model are not those of the published source, and maybe not of its family.
     return dataclasses.replace(spec, model=model, family=expressible(model), source=None, reference=None)
-
-
-def _parse_values(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of nested overrides arrive from the command line as strings; read them as YAML."""
-
-    def parse(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return _parse_values(value)
-        return yaml.safe_load(value) if isinstance(value, str) else value
-
-    return {key: parse(value) for key, value in overrides.items()}
