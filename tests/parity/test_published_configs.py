@@ -339,6 +339,38 @@ def test_what_the_blocks_do_not_have_is_refused_by_name(name: str, change: dict[
     assert "\n" not in message
 
 
+WRONG: list[Any] = [
+    "x",
+    "",
+    -1,
+    0,
+    1.5,
+    True,
+    [],
+    ["x"],
+    [0, 0],
+    {},
+    {"x": 1},
+    {"rope_type": "yarn"},
+    10**30,
+    float("nan"),
+]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_any_wrong_value_is_refused_or_read(name: str) -> None:
+    """No value of any field ends in anything but a model or a ``ValueError`` of one line."""
+    for field in PUBLISHED[name]:
+        for value in WRONG:
+            hf = PUBLISHED[name] | {field: value}
+            try:
+                family = family_of(hf)
+                family.from_hf(hf)
+                family.ignored(hf)
+            except ValueError as error:
+                assert "\n" not in str(error), (field, value)
+
+
 def test_unknown_model_type_is_refused() -> None:
     with pytest.raises(ValueError, match="model_type = 'gpt2' is not supported; it must be one of llama,"):
         family_of({"model_type": "gpt2"})

@@ -49,10 +49,9 @@ def family_of(hf: Mapping[str, Any], where: str = "config.json") -> Family:
     for family in FAMILIES.values():
         if family.model_type == model_type:
             architectures = hf.get("architectures") or [family.architectures[0]]
-            if architectures[0] not in family.architectures:
-                raise ValueError(
-                    f"{where}: architectures = {architectures} is not supported; only {family.architectures[0]} is"
-                )
+            if architectures not in [[name] for name in family.architectures]:
+                supported = " or ".join(family.architectures)
+                raise ValueError(f"{where}: architectures = {architectures!r} is not supported; only {supported} is")
             return family
     known = ", ".join(family.model_type for family in FAMILIES.values())
     raise ValueError(f"{where}: model_type = {model_type!r} is not supported; it must be one of {known}")

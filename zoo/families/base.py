@@ -46,9 +46,9 @@ class Family:
             ValueError: a field is missing, unknown, or asks for maths that the zoo's blocks do not have.
         """
         if hf.get("quantization_config") is not None:
-            method = hf["quantization_config"].get("quant_method", "unknown")
             raise ValueError(
-                f"{where}: quantization_config (method {method}) is not supported; use the bf16, fp16 or fp32 weights"
+                f"{where}: quantization_config = {hf['quantization_config']!r} is not supported; "
+                "use the bf16, fp16 or fp32 weights"
             )
         fields = Fields(hf, where)
         try:

@@ -22,13 +22,13 @@ def read_experts(fields: Fields, **router: Any) -> MoEConfig | None:
     fields.expect("moe_layer_freq", 1)
     fields.skip("aux_loss_alpha", "seq_aux", "ep_size")
     first_k_dense = fields.take(int, "first_k_dense_replace", 0)
-    if first_k_dense >= fields.take(int, "num_hidden_layers"):
+    if first_k_dense >= fields.size("num_hidden_layers"):
         fields.skip(*EXPERTS, *ROUTER)
         return None
     return MoEConfig(
         num_experts=fields.take(int, "n_routed_experts"),
         top_k=fields.take(int, "num_experts_per_tok"),
-        moe_intermediate_size=fields.take(int, "moe_intermediate_size"),
+        moe_intermediate_size=fields.size("moe_intermediate_size"),
         num_shared_experts=fields.take(int, "n_shared_experts", 0),
         first_k_dense=first_k_dense,
         **router,

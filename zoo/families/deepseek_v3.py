@@ -19,7 +19,7 @@ from zoo.families.tensors import decoder_map
 def _read(fields: Fields) -> ModelConfig:
     fields.expect("scoring_func", "sigmoid")
     fields.expect("topk_method", "noaux_tc")
-    fields.skip("num_nextn_predict_layers")
+    _mtp_layers(fields)
     interleaved = fields.take(bool, "rope_interleave", True)
     return read_decoder(
         fields,
@@ -60,10 +60,16 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _mtp_layers(fields: Fields) -> range:
+    """Numbers of the multi-token-prediction layers, which follow the decoder's own."""
+    first, count = fields.size("num_hidden_layers"), fields.take(int, "num_nextn_predict_layers", 0)
+    if not 0 <= count <= first:
+        raise ValueError(f"{fields.where}: num_nextn_predict_layers = {count}: give a number from 0 to {first}")
+    return range(first, first + count)
+
+
 def _ignored(hf: Mapping[str, Any]) -> tuple[str, ...]:
-    first = int(hf["num_hidden_layers"])
-    mtp = range(first, first + int(hf.get("num_nextn_predict_layers") or 0))
-    return (*ROTARY_BUFFERS, *(rf"model\.layers\.{layer}\..+" for layer in mtp))
+    return (*ROTARY_BUFFERS, *(rf"model\.layers\.{layer}\..+" for layer in _mtp_layers(Fields(hf))))
 
 
 FAMILY = Family(

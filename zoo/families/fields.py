@@ -67,6 +67,27 @@ class Fields:
             raise ValueError(f"{self.where}: {key!r} is missing; give the model's own {kind.__name__}")
         return value
 
+    def size(self, key: str, default: int | None = None) -> int:
+        """Like ``take(int, ...)``, for a number that is at least 1."""
+        value = self.take(int, key, default)
+        if value < 1:
+            raise ValueError(f"{self.where}: {key} = {value}: expected a positive integer")
+        return value
+
+    def section(self, key: str) -> Fields:
+        """The object ``key``, empty where it is absent or null."""
+        value = self.raw(key, {})
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{self.where}: {key} = {value!r}: expected an object")
+        return Fields(value, f"{self.where}: {key}")
+
+    def sequence(self, key: str) -> list[Any]:
+        """The list ``key``, empty where it is absent or null."""
+        value = self.raw(key, [])
+        if not isinstance(value, list):
+            raise ValueError(f"{self.where}: {key} = {value!r}: expected a list")
+        return value
+
     def expect(self, key: str, *allowed: Any) -> None:
         """Refuse a value of ``key`` other than ``allowed``: it asks for maths that the zoo's blocks do not have."""
         value = self.raw(key)

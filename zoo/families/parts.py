@@ -34,11 +34,11 @@ def read_decoder(
     fields.expect("hidden_act", "silu")
     fields.expect("attention_dropout", 0)
     return ModelConfig(
-        vocab_size=fields.take(int, "vocab_size"),
-        hidden_size=fields.take(int, "hidden_size"),
-        num_layers=fields.take(int, "num_hidden_layers"),
-        intermediate_size=fields.take(int, "intermediate_size"),
-        max_position_embeddings=fields.take(int, "max_position_embeddings"),
+        vocab_size=fields.size("vocab_size"),
+        hidden_size=fields.size("hidden_size"),
+        num_layers=fields.size("num_hidden_layers"),
+        intermediate_size=fields.size("intermediate_size"),
+        max_position_embeddings=fields.size("max_position_embeddings"),
         norm_eps=fields.take(float, "rms_norm_eps"),
         rope=rope,
         attention=attention,
@@ -75,11 +75,11 @@ def read_gqa(
     sliding_window: int | None = None,
 ) -> AttentionConfig:
     """Heads of multi-head or grouped-query attention; biases, norms and windows are spelled differently by family."""
-    num_heads = fields.take(int, "num_attention_heads")
+    num_heads = fields.size("num_attention_heads")
     return AttentionConfig(
         num_heads=num_heads,
         num_kv_heads=fields.take(int, "num_key_value_heads", num_heads),
-        head_dim=fields.take(int, "head_dim", fields.take(int, "hidden_size") // num_heads),
+        head_dim=fields.take(int, "head_dim", fields.size("hidden_size") // num_heads),
         qkv_bias=qkv_bias,
         output_bias=output_bias,
         qk_norm=qk_norm,
@@ -104,7 +104,7 @@ def write_gqa(config: ModelConfig) -> dict[str, Any]:
 
 def read_mla(fields: Fields) -> MLAConfig:
     """Latent attention; the key and value head counts that DeepSeek's files repeat must agree with it."""
-    heads = fields.take(int, "num_attention_heads")
+    heads = fields.size("num_attention_heads")
     nope, rope = fields.take(int, "qk_nope_head_dim"), fields.take(int, "qk_rope_head_dim")
     fields.expect("attention_bias", False)
     fields.expect("mlp_bias", False)
@@ -147,15 +147,15 @@ def expect_full_attention(fields: Fields) -> None:
     """Refuse Qwen2's windows, which only some layers have; their size is in the file even where they are off."""
     fields.expect("use_sliding_window", False)
     fields.skip("sliding_window", "max_window_layers")
-    other = set(fields.raw("layer_types", [])) - {"full_attention"}
-    if other:
-        raise ValueError(f"{fields.where}: layer_types has {min(other)!r}; only 'full_attention' is supported")
+    for layer_type in fields.sequence("layer_types"):
+        if layer_type != "full_attention":
+            raise ValueError(f"{fields.where}: layer_types has {layer_type!r}; only 'full_attention' is supported")
 
 
 def leading_dense_layers(fields: Fields) -> int:
     """Number of first layers without experts, from Qwen's ``mlp_only_layers`` and ``decoder_sparse_step``."""
     fields.expect("decoder_sparse_step", 1)
-    dense = fields.raw("mlp_only_layers", [])
+    dense = fields.sequence("mlp_only_layers")
     if dense != list(range(len(dense))):
         raise ValueError(
             f"{fields.where}: mlp_only_layers = {dense} is not supported; dense layers must be the first ones"
@@ -170,7 +170,7 @@ def read_rope(
     where = "rope_parameters" if fields.raw("rope_parameters") else "rope_scaling"
     if fields.raw("rope_parameters") and fields.raw("rope_scaling"):
         raise ValueError(f"{fields.where}: both rope_parameters and rope_scaling are given; remove one")
-    scaling = Fields(fields.raw(where, {}), f"{fields.where}: {where}")
+    scaling = fields.section(where)
     theta = scaling.optional(float, "rope_theta") or fields.take(float, "rope_theta", default_theta)
     fields.expect("partial_rotary_factor", 1)
     scaling.expect("partial_rotary_factor", 1)
@@ -179,7 +179,7 @@ def read_rope(
     readers = {"default": lambda *_: {}, "linear": _read_linear, "llama3": _read_llama3, "yarn": _read_yarn}
     if kind not in readers:
         raise ValueError(f"{scaling.where}: rope_type = {kind!r} is not supported; use one of {', '.join(readers)}")
-    rope = RopeConfig(theta=theta, layout=layout, **readers[kind](scaling, fields.take(int, "max_position_embeddings")))
+    rope = RopeConfig(theta=theta, layout=layout, **readers[kind](scaling, fields.size("max_position_embeddings")))
     scaling.finish()
     return rope
 
@@ -194,13 +194,13 @@ def _read_llama3(scaling: Fields, max_position: int) -> dict[str, Any]:
             factor=scaling.take(float, "factor"),
             low_freq_factor=scaling.take(float, "low_freq_factor"),
             high_freq_factor=scaling.take(float, "high_freq_factor"),
-            original_max_position=scaling.take(int, "original_max_position_embeddings", max_position),
+            original_max_position=scaling.size("original_max_position_embeddings", max_position),
         )
     }
 
 
 def _read_yarn(scaling: Fields, max_position: int) -> dict[str, Any]:
-    original = scaling.take(int, "original_max_position_embeddings", max_position)
+    original = scaling.size("original_max_position_embeddings", max_position)
     # 0 stands for "not given" in DeepSeek's configs.
     mscale = scaling.optional(float, "mscale") or None
     mscale_all_dim = scaling.optional(float, "mscale_all_dim") or None

@@ -33,9 +33,9 @@ def _read(fields: Fields) -> ModelConfig:
 
 
 def _read_moe(fields: Fields) -> MoEConfig:
-    width = fields.take(int, "moe_intermediate_size")
-    shared = fields.take(int, "shared_expert_intermediate_size")
-    if shared % width or not shared:
+    width = fields.size("moe_intermediate_size")
+    shared = fields.size("shared_expert_intermediate_size")
+    if shared % width:
         raise ValueError(
             f"{fields.where}: shared_expert_intermediate_size = {shared} is not supported; "
             f"it must be a multiple of moe_intermediate_size = {width}"

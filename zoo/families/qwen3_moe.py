@@ -28,7 +28,7 @@ def _read(fields: Fields) -> ModelConfig:
 
 def _read_moe(fields: Fields) -> MoEConfig | None:
     first_k_dense = leading_dense_layers(fields)
-    if first_k_dense == fields.take(int, "num_hidden_layers"):
+    if first_k_dense == fields.size("num_hidden_layers"):
         fields.skip(*EXPERTS)
         return None
     # transformers 5 saves num_experts under the name num_local_experts.
@@ -36,7 +36,7 @@ def _read_moe(fields: Fields) -> MoEConfig | None:
     return MoEConfig(
         num_experts=num_experts,
         top_k=fields.take(int, "num_experts_per_tok"),
-        moe_intermediate_size=fields.take(int, "moe_intermediate_size"),
+        moe_intermediate_size=fields.size("moe_intermediate_size"),
         score_func="softmax",
         norm_topk_prob=fields.take(bool, "norm_topk_prob", False),
         first_k_dense=first_k_dense,
