@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -182,3 +183,44 @@ def test_dense_twin_is_loaded_by_transformers(name: str, tmp_path: Path) -> None
     ids = tokens(2, 40)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert relative_difference(model(ids).logits, theirs(ids).logits) < LOGITS
+
+
+MISTAKES: list[tuple[str, str, dict[str, Any]]] = [
+    ("mistral", "attention", {"sliding_window": None}),
+    ("llama-3.1", "rope", {"llama3": None}),
+    ("llama-linear", "rope", {"linear": None}),
+    ("llama-yarn", "rope", {"yarn": None}),
+    ("mixtral", "moe", {"norm_topk_prob": False}),
+    ("qwen2-moe", "moe", {"norm_topk_prob": True}),
+    ("qwen3-moe", "moe", {"norm_topk_prob": False}),
+    ("deepseek-v2", "moe", {"group_score": "top2_sum"}),
+    ("deepseek-v2", "moe", {"num_groups": 1, "top_k_groups": 1}),
+    ("deepseek-v2", "moe", {"routed_scaling_factor": 1.0}),
+    ("deepseek-v2", "rope", {"layout": "split"}),
+    ("deepseek-v2", "rope.yarn", {"mscale": None, "mscale_all_dim": None}),
+    ("deepseek-v3", "moe", {"group_score": "max"}),
+    ("deepseek-v3", "moe", {"score_func": "softmax"}),
+    ("deepseek-v3", "moe", {"norm_topk_prob": False}),
+    ("deepseek-v3", "rope.yarn", {"attention_factor": 1.2}),
+    ("deepseek-v3-split", "rope", {"layout": "interleaved"}),
+]
+"""Case, block and change: what implementations of these models have got wrong."""
+
+
+def changed(config: Any, path: list[str], change: dict[str, Any]) -> Any:
+    """``config`` with ``change`` in the block that ``path`` leads to."""
+    if path:
+        change = {path[0]: changed(getattr(config, path[0]), path[1:], change)}
+    return dataclasses.replace(config, **change)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("case", "block", "change"), MISTAKES)
+def test_a_mistake_would_be_seen(case: str, block: str, change: dict[str, Any], tmp_path: Path) -> None:
+    """The same weights under one wrong setting are far outside the tolerance of the tests above."""
+    theirs = saved_model(case, tmp_path)
+    right = zoo.load(tmp_path)
+    wrong = Decoder(changed(right.config, block.split("."), change))
+    wrong.load_state_dict(right.state_dict())
+    ids = tokens(2, 2 * CONTEXT)
+    assert relative_difference(wrong(ids).logits, theirs(ids).logits) > 100 * LOGITS
