@@ -66,9 +66,13 @@ def bad_sources(directory: Path) -> dict[str, str]:
         (directory / name).write_bytes(contents)
     parquet(directory / "story.parquet", {"story": ["a"], "id": [1]})
     parquet(directory / "null.parquet", {"text": ["a", None]})
+    parquet(directory / "torn.parquet", {"text": [f"row {n}" for n in range(5000)]})
+    whole = (directory / "torn.parquet").read_bytes()
+    (directory / "torn.parquet").write_bytes(whole[:2000] + bytes(8000) + whole[10_000:])
     return {name: message for name, (_, message) in files.items()} | {
         "story.parquet": "story.parquet: no text column 'text'; there are 'story', 'id'",
         "null.parquet": "null.parquet: row 2: 'text' is NoneType, not text",
+        "torn.parquet": "torn.parquet: not a whole Parquet file (",
         "missing.txt": "missing.txt: no such file",
     }
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -86,9 +87,17 @@ def _write(
 ) -> Manifest:
     given: list[tuple[SplitName, Source]] = [("train", s) for s in sources]
     given += [("validation", s) for s in validation_sources]
-    writers: dict[str, _SplitWriter] = {name: _SplitWriter(directory, name, tokenizer) for name in SPLITS}
     infos = []
-    with byte_progress() as progress:
+    with ExitStack() as stack:
+        writers: dict[str, _SplitWriter] = {
+            name: _SplitWriter(
+                stack.enter_context(open(directory / f"{name}.bin", "wb")),
+                stack.enter_context(open(directory / f"{name}.offsets", "wb")),
+                tokenizer.vocab_size,
+            )
+            for name in SPLITS
+        }
+        progress = stack.enter_context(byte_progress())
         task = progress.add_task("tokenising", total=total_bytes([source for _, source in given]))
         for split, source in given:
             info = _SourceCounter(split, source)
@@ -99,7 +108,7 @@ def _write(
                     held_out = validation_fraction > 0 and _unit_hash(text) < validation_fraction
                     writers["validation" if held_out else split].add(ids, source.name)
             infos.append(info.finish())
-    splits = {name: writer.finish() for name, writer in writers.items()}
+        splits = {name: writer.finish() for name, writer in writers.items()}
     _check_splits(splits, needs_validation=validation_fraction > 0 or bool(validation_sources))
     tokenizer.save(directory / TOKENIZER_DIR)
     return Manifest(
@@ -119,13 +128,11 @@ def _write(
 class _SplitWriter:
     """Appends documents to the token file and the offset file of one split."""
 
-    def __init__(self, directory: Path, name: SplitName, tokenizer: Tokenizer) -> None:
-        self._dtype = np.dtype(token_dtype(tokenizer.vocab_size))
-        self._vocab_size = tokenizer.vocab_size
-        self._token_path = directory / f"{name}.bin"
-        self._offset_path = directory / f"{name}.offsets"
-        self._tokens = open(self._token_path, "wb")  # noqa: SIM115 - closed by finish()
-        self._offsets = open(self._offset_path, "wb")  # noqa: SIM115 - closed by finish()
+    def __init__(self, tokens: BinaryIO, offsets: BinaryIO, vocab_size: int) -> None:
+        self._tokens = tokens
+        self._offsets = offsets
+        self._dtype = np.dtype(token_dtype(vocab_size))
+        self._vocab_size = vocab_size
         self._count = 0
         self._documents = 0
 
@@ -145,8 +152,8 @@ class _SplitWriter:
         return SplitInfo(
             tokens=self._count,
             documents=self._documents,
-            sha256=file_sha256(self._token_path),
-            offsets_sha256=file_sha256(self._offset_path),
+            sha256=file_sha256(Path(self._tokens.name)),
+            offsets_sha256=file_sha256(Path(self._offsets.name)),
         )
 
 

@@ -141,18 +141,18 @@ def read_parquet(path: Path, text_column: str) -> Documents:
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: not a whole Parquet file: {str(error).splitlines()[0]}") from None
-    with file:
-        _check_column(text_column, file.schema_arrow.names, str(path))
-        # Compressed bytes of a row are not known: every row counts for the mean.
-        rows, size, row = file.metadata.num_rows, path.stat().st_size, 0
-        for batch in file.iter_batches(batch_size=1024, columns=[text_column]):
-            for text in batch.column(0).to_pylist():
-                row += 1
-                done = size * row // rows - size * (row - 1) // rows
-                yield _check_text(text, text_column, f"{path}: row {row}"), done
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _check_column(text_column, file.schema_arrow.names, str(path))
+            # Compressed bytes of a row are not known: every row counts for the mean.
+            rows, size, row = file.metadata.num_rows, path.stat().st_size, 0
+            for batch in file.iter_batches(batch_size=1024, columns=[text_column]):
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    done = size * row // rows - size * (row - 1) // rows
+                    yield _check_text(text, text_column, f"{path}: row {row}"), done
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a whole Parquet file ({reason}); get the file again") from None
 
 
 def read_hub(location: str, split: str, text_column: str) -> Documents:
