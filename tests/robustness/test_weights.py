@@ -20,7 +20,7 @@ from torch import Tensor
 from zoo.cli.main import main
 from zoo.config import ModelSpec
 from zoo.families import get_family
-from zoo.model import Decoder, build
+from zoo.model import build
 from zoo.registry import find_spec
 from zoo.weights import export_checkpoint, import_checkpoint, load, save_model
 from zoo.weights.convert import parameter_shapes
@@ -214,17 +214,6 @@ class TestIndex:
         write_index(source, {k: shard[place] if v == name else v for k, v in weight_map.items()})
         refused(source, r"index.json: '.*' lies outside the checkpoint directory; shards must be files in it")
 
-    def test_shards_that_the_cache_of_the_hub_links_to(self, source: Path, tmp_path: Path) -> None:
-        weight_map = sharded(source)
-        snapshot = tmp_path / "models--a--b" / "snapshots" / "0f"
-        shutil.copytree(source, snapshot)
-        blobs = tmp_path / "models--a--b" / "blobs"
-        blobs.mkdir()
-        for number, name in enumerate(sorted(set(weight_map.values()))):
-            shutil.move(snapshot / name, blobs / str(number))
-            (snapshot / name).symlink_to(Path("../../blobs") / str(number))
-        assert isinstance(load(snapshot), Decoder)
-
     def test_pickled_shard(self, source: Path) -> None:
         weight_map = sharded(source)
         write_index(source, dict.fromkeys(weight_map, "pytorch_model-00001-of-00001.bin"))
@@ -372,9 +361,44 @@ class TestSource:
         with pytest.raises(ValueError, match="did you mean 'mixtral-8x7b'"):
             find_spec("mixtral-8x7")
 
+    def test_name_with_a_checkpoint(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        spec = small("mixtral-tiny")
+        save_model(build(spec.model), spec, tmp_path / "checkpoints" / "mixtral-tiny")
+        monkeypatch.chdir(tmp_path)
+        assert load("mixtral-tiny").config == spec.model
+
+    def test_hub_id_in_the_cache(self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The hub's cache links its files to blobs that lie outside the directory: this one place is known."""
+        weight_map = sharded(source)
+        repository = tmp_path / "hub" / "models--someone--mixtral"
+        snapshot, blobs, refs = repository / "snapshots" / "0f", repository / "blobs", repository / "refs"
+        for directory in (blobs, refs):
+            directory.mkdir(parents=True)
+        (refs / "main").write_text("0f")
+        shutil.copytree(source, snapshot)
+        for number, name in enumerate(sorted(set(weight_map.values()))):
+            shutil.move(snapshot / name, blobs / str(number))
+            (snapshot / name).symlink_to(Path("../../blobs") / str(number))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        spec = import_checkpoint("someone/mixtral", tmp_path / "out").spec
+        assert (spec.name, spec.source) == ("mixtral", "someone/mixtral")
+        expected = load(source).state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in load(tmp_path / "out").state_dict().items())
+
     def test_hub_without_network(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"nobody/nothing: cannot be downloaded .* or give a local directory"):
             import_checkpoint("nobody/nothing", tmp_path / "out")
+
+    def test_command_line_reports_as_json(
+        self, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        zoo, hf = str(tmp_path / "zoo"), str(tmp_path / "hf")
+        for command, arguments in (("import", [str(source), zoo]), ("export", [zoo, hf])):
+            assert main([command, *arguments, "--json"]) == 0
+            report = json.loads(capsys.readouterr().out)
+            assert (report["family"], report["directory"]) == ("mixtral", arguments[1])
+            assert report["parameters"] == sum(p.numel() for p in load(zoo).parameters())
+            assert report["left_out"] == []
 
     def test_command_line_says_it_in_one_line(
         self, source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
