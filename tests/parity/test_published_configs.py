@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from zoo.families import FAMILIES, expressible, family_of, get_family
 from zoo.registry import find_spec, model_names
+from zoo.weights.convert import parameter_shapes
+from zoo.weights.ops import source_shapes
 
 _LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -300,6 +304,19 @@ def test_every_config_goes_to_its_family_and_back(name: str) -> None:
     family = get_family(spec.family)
     assert family.from_hf(family.to_hf(spec.model)) == spec.model
     assert expressible(spec.model) in FAMILIES
+
+
+@pytest.mark.parametrize("name", [n for n in model_names() if find_spec(n).family != "deepseek_moe"])
+def test_every_tensor_has_its_name_and_shape_in_transformers(name: str) -> None:
+    """At full width; four layers are enough to have each kind."""
+    spec = find_spec(name)
+    config, family = dataclasses.replace(spec.model, num_layers=4), get_family(spec.family)
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**family.to_hf(config))).state_dict()
+    if config.tie_word_embeddings:
+        del theirs["lm_head.weight"]
+    ours = source_shapes(family.weight_map(config, "fused"), parameter_shapes(config))
+    assert ours == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
 
 
 REFUSED: list[tuple[str, dict[str, Any]]] = [
