@@ -13,7 +13,6 @@ text only states, and ``boolq``, ``copa`` and ``rte`` hold passages that no trai
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ import pyarrow.parquet as pq
 
 from zoo.harness.facts.passages import TASKS, Inventor, as_text
 from zoo.harness.facts.world import ATTRIBUTION, Fact, World, load_world
+from zoo.harness.files import write_text
 
 DATASET = "moe-zoo/facts"
 TRAINING_TEXT = "train.jsonl"
@@ -116,9 +116,9 @@ def write(config: FactsConfig, directory: Path) -> None:
     (mirror / "README.md").write_text(_dataset_card(facts.tables), encoding="utf-8")
     for name, documents in ((TRAINING_TEXT, facts.training), (VALIDATION_TEXT, facts.validation)):
         lines = (json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in documents)
-        _write_text(directory / name, "".join(lines))
+        write_text(directory / name, "".join(lines))
     summary = {"config": asdict(config), "guesses": facts.guesses, "attribution": ATTRIBUTION}
-    _write_text(manifest, json.dumps(summary, indent=2) + "\n")
+    write_text(manifest, json.dumps(summary, indent=2) + "\n")
 
 
 def guess_rates(directory: Path) -> dict[str, float]:
@@ -171,16 +171,3 @@ def _dataset_card(tables: Iterable[str]) -> str:
         f"- config_name: {name}\n  data_files:\n  - split: validation\n    path: {name}/validation-*.parquet\n" for name in tables
     )
     return f"---\nlicense: cc-by-4.0\nconfigs:\n{configs}---\n\nMade by moe-zoo. Facts: {ATTRIBUTION}.\n"
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write aside, flush to the disk, rename."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.rename(path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -1,0 +1,252 @@
+"""Run a study: make its data, train every model on the same tokens in the same order, evaluate, collect the numbers.
+
+Everything lands in one directory. What is finished there is not done again, so a study that was stopped goes on:
+
+``study.yaml``          the study as it is run
+``facts/``              the embedded data set, where the study uses it
+``tokenizer/  data/``   tokenizer and token data
+``models/<run>/``       ``model.yaml``, ``fit.yaml``, ``fit/`` (the run directory of ``zoo fit``), ``cost.jsonl``,
+                        ``evaluation/`` (lm-eval's files) and ``measured.json``; a run is a model and a seed
+``report.*``            Markdown, HTML and JSON
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from zoo.config import load_yaml, save_spec, to_dict
+from zoo.harness import facts
+from zoo.harness.facts.build import MIRROR, TRAINING_TEXT, VALIDATION_TEXT
+from zoo.harness.files import write_text
+from zoo.harness.study import Model, Study, resolve_models
+from zoo.tokenizer import Tokenizer
+
+Notify = Callable[[str], None]
+
+EVALUATION_BATCH = 64
+"""Requests in one forward. Fixed, so that batching cannot make models differ."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model trained with one seed."""
+
+    model: Model
+    seed: int
+    directory: Path
+
+    @property
+    def fit_directory(self) -> Path:
+        """Where ``zoo fit`` works."""
+        return self.directory / "fit"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The trained model."""
+        return self.fit_directory / "final"
+
+    @property
+    def cost_file(self) -> Path:
+        """Wall time and peak memory, one line for each start of the training."""
+        return self.directory / "cost.jsonl"
+
+    @property
+    def measured_file(self) -> Path:
+        """Scores, perplexity and expert load."""
+        return self.directory / "measured.json"
+
+
+def run_study(study: Study, out: Path, data_root: Path | None, notify: Notify) -> list[Run]:
+    """Train and evaluate what is not done yet.
+
+    Args:
+        out: directory of the study; it is made, or continued.
+        data_root: mirror of the evaluation data sets; not needed where the study makes its own data.
+        notify: told what begins.
+
+    Raises:
+        ValueError: ``out`` holds another study, or a run fails.
+    """
+    out = out.absolute()
+    _claim(study, out)
+    data = _prepare_data(study, out, notify)
+    tokenizer = Tokenizer.load(data / "tokenizer")
+    models = resolve_models(study, tokenizer.vocab_size)
+    runs = [Run(m, seed, out / "models" / f"{m.name}-seed{seed}") for seed in study.seeds for m in models]
+    for number, run in enumerate(runs, start=1):
+        position = f"[{number}/{len(runs)}] {run.model.name}, seed {run.seed}"
+        if not run.checkpoint.exists():
+            notify(f"{position}: training on {study.training.tokens:,} tokens")
+            _train(study, run, data)
+        if not run.measured_file.exists():
+            notify(f"{position}: evaluating {', '.join(study.tasks.all)}")
+            _measure(study, run, data, out / "facts" / MIRROR if study.data.facts else data_root)
+    return runs
+
+
+def _claim(study: Study, out: Path) -> None:
+    """Write the study into its directory, or check that it is the one there."""
+    path, content = out / "study.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(study)))
+    if path.exists():
+        before, now = load_yaml(path), OmegaConf.to_container(OmegaConf.create(content))
+        if before != now:
+            changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+            raise ValueError(f"{out} holds another study (it differs in {', '.join(changed)}): give another --out")
+        return
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"--out {out}: it holds files that are no study; give a new or empty directory")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(path, content)
+
+
+def _prepare_data(study: Study, out: Path, notify: Notify) -> Path:
+    """Tokenizer and token data of the study; returns the data directory."""
+    from zoo.training.data.builder import build
+    from zoo.training.data.sources import Source
+    from zoo.training.data.tokenizer_training import train_tokenizer
+
+    data = out / "data"
+    if (data / "manifest.json").exists():
+        return data
+    training, validation = [Source(location) for location in study.data.sources], []
+    if study.data.facts is not None:
+        notify("making the embedded data set")
+        facts.write(study.data.facts, out / "facts")
+        training = [Source(str(out / "facts" / TRAINING_TEXT))]
+        validation = [Source(str(out / "facts" / VALIDATION_TEXT))]
+    tokenizer = Path(study.data.tokenizer) if study.data.tokenizer else out / "tokenizer"
+    if study.data.vocab_size is not None and not tokenizer.exists():
+        notify("training the tokenizer")
+        train_tokenizer(training, study.data.vocab_size, tokenizer)
+    notify("tokenising")
+    build(training, Tokenizer.load(tokenizer), data, validation_sources=validation)
+    return data
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def fit_config(study: Study, run: Run, data: Path) -> dict[str, Any]:
+    """The config of ``zoo fit``: equal for all models but for the model and its balance losses."""
+    training = study.training
+    own = {
+        "seed_everything": run.seed,
+        "model": {"name": str(run.directory / "model.yaml")},
+        "data": {
+            "data_dir": str(data),
+            "sequence_length": training.sequence_length,
+            "batch_size": training.batch_size,
+            "seed": run.seed,
+        },
+        "trainer": {"default_root_dir": str(run.fit_directory), "max_steps": training.steps},
+    }
+    if run.model.spec.model.moe is not None:
+        own["model"] |= training.balance
+    merged = OmegaConf.to_container(OmegaConf.merge(training.fit, own))
+    assert isinstance(merged, dict)
+    return {str(key): value for key, value in merged.items()}
+
+
+def _train(study: Study, run: Run, data: Path) -> None:
+    """Call ``zoo fit`` in a process of its own, whose time and memory are those of the training alone."""
+    run.directory.mkdir(parents=True, exist_ok=True)
+    save_spec(run.model.spec, run.directory / "model.yaml")
+    config = run.directory / "fit.yaml"
+    write_text(config, OmegaConf.to_yaml(OmegaConf.create(fit_config(study, run, data))))
+    began = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", "zoo.cli.main", "fit", "--config", str(config)])
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    process.returncode = os.waitstatus_to_exitcode(status)
+    # ru_maxrss is in KiB on Linux and in bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    cost = {"wall_seconds": time.monotonic() - began, "peak_memory_bytes": usage.ru_maxrss * unit}
+    with run.cost_file.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(cost) + "\n")
+    if process.returncode != 0:
+        raise ValueError(
+            f"{run.model.name}, seed {run.seed}: zoo fit --config {config} ended with exit code {process.returncode}; "
+            "see above, then run the same command again to go on"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _measure(study: Study, run: Run, data: Path, data_root: Path | None) -> None:
+    """Scores of every item, validation perplexity and expert load of a trained model."""
+    from zoo.harness.runner import evaluate
+    from zoo.weights import load
+
+    model = load(run.checkpoint)
+    results = evaluate(
+        model,
+        Tokenizer.load(run.checkpoint),
+        list(study.tasks.all),
+        data_root=data_root,
+        limit=study.limit,
+        batch_size=EVALUATION_BATCH,
+        output=run.directory / "evaluation",
+        seed=run.seed,
+        name=run.model.name,
+    )
+    measured = {
+        "scores": {task: item_scores(results, task) for task in study.tasks.all},
+        "guess": {task: guess_rate(results, task) for task in study.tasks.all},
+        **validate(study, model, data),
+    }
+    write_text(run.measured_file, json.dumps(measured, indent=1) + "\n")
+
+
+def item_scores(results: Mapping[str, Any], task: str) -> dict[str, float]:
+    """The task's first metric of every item, by number and hash of the document."""
+    metric = results["configs"][task]["metric_list"][0]["metric"]
+    return {f"{sample['doc_id']}/{sample['doc_hash']}": float(sample[metric]) for sample in results["samples"][task]}
+
+
+def guess_rate(results: Mapping[str, Any], task: str) -> float | None:
+    """Score of choosing at random; ``None`` where there is nothing to choose from."""
+    if results["configs"][task]["output_type"] != "multiple_choice":
+        return None
+    samples = results["samples"][task]
+    return sum(1 / len(sample["filtered_resps"]) for sample in samples) / len(samples)
+
+
+def validate(study: Study, model: Any, data: Path) -> dict[str, Any]:
+    """Mean loss (nats a token) over the validation split, and each MoE layer's share of assignments by expert."""
+    import torch
+
+    from zoo.moe.stats import expert_counts, expert_load
+    from zoo.training.data import TokenDataModule
+    from zoo.training.data.packing import PADDING_DOCUMENT
+    from zoo.training.module import next_token_nll
+
+    module = TokenDataModule(data, study.training.sequence_length, study.training.batch_size)
+    total, labels, counts = 0.0, 0, []
+    with torch.inference_mode():
+        for batch in module.val_dataloader():
+            output = model(batch["input_ids"], document_ids=batch["document_ids"])
+            nll, number = next_token_nll(output.logits, batch["labels"])
+            total, labels = total + float(nll), labels + int(number)
+            tokens = batch["document_ids"] != PADDING_DOCUMENT
+            counts.append([expert_counts(r, tokens) for r in output.router_outputs])
+    layers = [torch.stack(layer).sum(dim=0) for layer in zip(*counts, strict=True)]
+    return {"validation_loss": total / labels, "expert_load": [expert_load(layer).tolist() for layer in layers]}
