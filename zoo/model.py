@@ -6,7 +6,9 @@ Shapes: B batch, S sequence, D model, V vocabulary, E experts.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import cast
 
 import torch
@@ -156,15 +158,23 @@ def initialize(model: Decoder, seed: int) -> None:
     """
     std = model.config.initializer_range
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-        elif ".experts." in name:
-            for expert, matrix in enumerate(parameter):
-                matrix.copy_(_normal(f"{seed}/{name}/{expert}", matrix.shape, std))
-        else:
-            parameter.copy_(_normal(f"{seed}/{name}", parameter.shape, std))
+        for index, values in initial_values(name, parameter.shape, seed, std, range(len(parameter))):
+            parameter[index].copy_(values)
     for buffer in model.buffers():
         buffer.zero_()
+
+
+def initial_values(
+    name: str, shape: torch.Size, seed: int, std: float, experts: range
+) -> Iterator[tuple[int | EllipsisType, Tensor]]:
+    """(index, values fp32) of one parameter: the whole at once, or of a stacked one each of the given ``experts``."""
+    if len(shape) == 1:
+        yield ..., torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
+    elif ".experts." in name:
+        for expert in experts:
+            yield expert, _normal(f"{seed}/{name}/{expert}", shape[1:], std)
+    else:
+        yield ..., _normal(f"{seed}/{name}", shape, std)
 
 
 def _normal(key: str, shape: torch.Size, std: float) -> Tensor:

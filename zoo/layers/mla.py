@@ -55,7 +55,7 @@ class MLA(nn.Module):
     ) -> Tensor:
         """x [B, S, D], rotary cos and sin [B, S, 1, p/2] → [B, S, D]; appends the latent to ``cache`` where given."""
         q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if self.has_q_latent else self.q_proj(x)
-        q_nope, q_rope = q.unflatten(-1, (self.num_heads, -1)).split((self.nope, self.rope), dim=-1)
+        q_nope, q_rope = q.unflatten(-1, (-1, self.nope + self.rope)).split((self.nope, self.rope), dim=-1)
         q_rope = rotate(q_rope, *rotary, self.rope_layout)
         latent, k_rope = self.kv_a_proj(x).split((self.kv_lora_rank, self.rope), dim=-1)
         k_rope = rotate(k_rope.unsqueeze(2), *rotary, self.rope_layout).squeeze(2)
@@ -75,9 +75,9 @@ class MLA(nn.Module):
             [B, S, H, v].
         """
         latent, k_rope = keys.split((self.kv_lora_rank, self.rope), dim=-1)
-        kv = self.kv_b_proj(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        kv = self.kv_b_proj(latent).unflatten(-1, (-1, self.nope + self.v_head_dim)).transpose(1, 2)
         k_nope, v = kv.split((self.nope, self.v_head_dim), dim=-1)
-        k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, self.num_heads, -1, -1)), dim=-1)
+        k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, kv.shape[1], -1, -1)), dim=-1)
         q = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
         return attend(q, k, v, layout, self.scale)
 

@@ -1,0 +1,250 @@
+"""A few optimizer steps of a tiny model, on one process and in any layout: what the layouts are compared by."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from zoo.config import AttentionConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from zoo.model import Decoder, build
+from zoo.moe.balance import load_balance_loss, z_loss
+from zoo.moe.router import Router, update_selection_bias
+from zoo.moe.stats import expert_counts
+from zoo.parallel import init
+from zoo.parallel.apply import ParallelOptions, parallelize
+from zoo.parallel.grads import clip_gradients, global_norm, set_last_micro_batch, sum_over_data
+from zoo.parallel.mesh import Meshes, build_meshes
+from zoo.parallel.plan import load_plan
+
+_BASE = {
+    "vocab_size": 37,
+    "hidden_size": 16,
+    "num_layers": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
+    "norm_eps": 1e-6,
+    "rope": RopeConfig(theta=10_000.0),
+    "initializer_range": 0.2,
+}
+_GQA = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4)
+_MIXTRAL = MoEConfig(
+    num_experts=8, top_k=2, moe_intermediate_size=12, score_func="softmax", norm_topk_prob=True, router_bias=True
+)
+MODELS = {
+    "mixtral": ModelConfig(**_BASE, attention=_GQA, moe=_MIXTRAL),
+    "deepseek-v3": ModelConfig(
+        **_BASE,
+        mla=MLAConfig(num_heads=4, kv_lora_rank=8, q_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=4),
+        moe=MoEConfig(
+            num_experts=8,
+            top_k=3,
+            moe_intermediate_size=8,
+            score_func="sigmoid",
+            norm_topk_prob=True,
+            routed_scaling_factor=2.5,
+            num_groups=4,
+            top_k_groups=2,
+            group_score="top2_sum",
+            router_bias=True,
+            num_shared_experts=1,
+            first_k_dense=1,
+        ),
+    ),
+    "qwen2": ModelConfig(
+        **_BASE,
+        attention=AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=4, qkv_bias=True),
+        moe=MoEConfig(
+            num_experts=8,
+            top_k=4,
+            moe_intermediate_size=8,
+            score_func="softmax",
+            norm_topk_prob=False,
+            num_shared_experts=2,
+            shared_expert_gate=True,
+        ),
+    ),
+    "qwen3": ModelConfig(
+        **{**_BASE, "tie_word_embeddings": True},
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4, qk_norm=True, output_bias=True),
+        moe=dataclasses.replace(_MIXTRAL, router_bias=False),
+    ),
+    "dense": ModelConfig(**_BASE, attention=_GQA),
+}
+
+Batch = tuple[Tensor, Tensor]
+"""input_ids, labels, each [B, S]."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A plan and the sizes it is used with."""
+
+    plan: str
+    world: int
+    tensor: int = 1
+    expert: int = 1
+    replicate: int | None = None
+
+    @property
+    def data(self) -> int:
+        return self.world // self.tensor
+
+
+@cache
+def meshes_of(layout: Layout) -> Meshes:
+    """The meshes of a layout, once in the life of a worker."""
+    sizes = load_plan(layout.plan).sizes(
+        layout.world, tensor=layout.tensor, expert=layout.expert, replicate=layout.replicate
+    )
+    return build_meshes("cpu", sizes)
+
+
+PLAIN = ParallelOptions()
+
+LAYOUTS = {
+    "dp2": Layout("ddp", 2),
+    "fsdp2": Layout("fsdp", 2),
+    "ep2": Layout("ep", 2, expert=2),
+    "tp2": Layout("tp_ep_fsdp", 2, tensor=2),
+    "tp2_ep2_folded": Layout("tp_ep_fsdp", 2, tensor=2, expert=2),
+    "dp2_ep2": Layout("ep", 4, expert=2),
+    "fsdp2_ep2": Layout("ep_fsdp", 4, expert=2),
+    "tp2_ep2": Layout("tp_ep_fsdp", 4, tensor=2, expert=2),
+    "tp2_ep4": Layout("tp_ep_fsdp", 4, tensor=2, expert=4),
+    "hybrid2_ep2": Layout("ep_fsdp", 4, expert=2, replicate=2),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, and how."""
+
+    model: str
+    steps: int = 5
+    accumulate: int = 1
+    max_norm: float | None = 0.5
+    bias_rate: float = 0.0
+    idle: tuple[int, ...] = ()
+    """Experts that no token chooses."""
+    dtype: torch.dtype = torch.float64
+
+
+Result = dict[str, np.ndarray]
+"""``loss``, ``norm`` [steps] and ``param/…``, ``grad/…``, ``exp_avg/…``, ``exp_avg_sq/…``, ``buffer/…`` at the end."""
+
+
+def batch(vocab_size: int, step: int, data_rank: int, micro: int) -> Batch:
+    """Rows and labels differ in number from rank to rank and from micro-batch to micro-batch."""
+    generator = torch.Generator().manual_seed(1000 * step + 10 * data_rank + micro)
+    ids = torch.randint(vocab_size, (1 + (data_rank + micro + step) % 3, 7), generator=generator)
+    labels = ids.roll(-1, 1)
+    labels[:, -1 - data_rank % 2 :] = -100
+    return ids, labels
+
+
+def micro_loss(model: Decoder, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum over labels of all losses, expert counts [L, E])."""
+    out = model(ids)
+    loss = F.cross_entropy(out.logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    if not out.router_outputs:
+        return loss, torch.zeros(0, 0, dtype=torch.int64)
+    count = (labels != -100).sum()
+    loss = loss + count * (0.1 * load_balance_loss(out.router_outputs) + 0.01 * z_loss(out.router_outputs))
+    return loss, torch.stack([expert_counts(r) for r in out.router_outputs])
+
+
+def train(
+    model: Decoder,
+    run: Run,
+    data_ranks: list[int],
+    reduce: Callable[[Tensor], Tensor] = lambda x: x,
+    before_micro: Callable[[bool], None] = lambda last: None,
+    batches: Callable[[int, int, int], Batch] | None = None,
+) -> Result:
+    """Train on the batches of ``data_ranks``, one micro-batch after the other."""
+    make = batches or (lambda step, rank, micro: batch(model.config.vocab_size, step, rank, micro))
+    routers = [m for m in model.modules() if isinstance(m, Router)]
+    for router in routers:
+        if run.idle:
+            assert router.bias is not None
+            router.bias[list(run.idle)] = -100.0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    losses, norms = [], []
+    for step in range(run.steps):
+        micros = [make(step, rank, micro) for micro in range(run.accumulate) for rank in data_ranks]
+        labels = reduce(torch.stack([(y != -100).sum() for _, y in micros]).sum())
+        total, counts = torch.zeros((), dtype=torch.float64), None
+        for i, (ids, y) in enumerate(micros):
+            before_micro(i == len(micros) - 1)
+            loss, count = micro_loss(model, ids, y)
+            (loss / labels).backward()
+            total += loss.detach() / labels
+            counts = count if counts is None else counts + count
+        norm = global_norm(model.parameters())
+        if run.max_norm is not None:
+            clip_gradients(model.parameters(), run.max_norm, norm)
+        optimizer.step()
+        if run.bias_rate:
+            for router, count in zip(routers, reduce(counts), strict=True):
+                update_selection_bias(router.bias, count, run.bias_rate)
+        losses.append(reduce(total).item())
+        norms.append(norm.item())
+        if step < run.steps - 1:
+            optimizer.zero_grad()
+    return {"loss": np.array(losses), "norm": np.array(norms)} | snapshot(model, optimizer)
+
+
+def whole(tensor: Tensor) -> np.ndarray:
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().clone().numpy()
+
+
+def snapshot(model: Decoder, optimizer: torch.optim.Optimizer) -> Result:
+    """Every parameter, gradient, moment and buffer, whole."""
+    result = {f"buffer/{name}": whole(buffer) for name, buffer in model.named_buffers()}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        result[f"param/{name}"] = whole(parameter)
+        result[f"grad/{name}"] = whole(parameter.grad)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            result[f"{moment}/{name}"] = whole(optimizer.state[parameter][moment])
+    return result
+
+
+def train_alone(run: Run, data: int) -> Result:
+    """The same steps on one process, the batches of all data ranks as micro-batches."""
+    model = build(MODELS[run.model], seed=3, dtype=run.dtype)
+    return train(model, run, list(range(data)))
+
+
+def make_parallel(
+    name: str, layout: Layout, dtype: torch.dtype = torch.float64, options: ParallelOptions = PLAIN
+) -> tuple[Decoder, Meshes]:
+    """A tiny model in ``layout``, initialised on the meta device's way."""
+    meshes = meshes_of(layout)
+    with torch.device("meta"):
+        model = Decoder(MODELS[name]).to(dtype)
+    parallelize(model, meshes, load_plan(layout.plan), options)
+    model.to_empty(device="cpu")
+    init.initialize(model, seed=3)
+    return model, meshes
+
+
+def train_parallel(run: Run, layout: Layout, options: ParallelOptions = PLAIN) -> Result:
+    """On one rank of a world; gathered results, the same on every rank."""
+    model, meshes = make_parallel(run.model, layout, run.dtype, options)
+    return train(
+        model,
+        run,
+        [meshes.data.get_local_rank()],
+        reduce=lambda x: sum_over_data(x, meshes),
+        before_micro=lambda last: set_last_micro_batch(model, last),
+    )

@@ -1,0 +1,227 @@
+"""Spreading a decoder over ranks: expert, then tensor, then data parallelism, each from outside.
+
+Shapes: E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.utils.checkpoint import checkpoint
+
+from zoo.config import ModelConfig
+from zoo.layers.mla import MLA
+from zoo.model import Decoder
+from zoo.moe.layer import MoE
+from zoo.parallel.collectives import SumGradient, Traffic
+from zoo.parallel.expert_parallel import AllToAllDispatcher, forward_local_experts, forward_overlapped
+from zoo.parallel.mesh import Meshes
+from zoo.parallel.plan import Plan, ResolvedPlan, resolve
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelOptions:
+    """What does not change the result but memory, speed and rounding.
+
+    Attributes:
+        recompute: Whose activations are computed again in the backward pass instead of kept.
+        param_dtype: Dtype that parameters are gathered and computed in; gradients are reduced in fp32. By default
+            theirs.
+        compile_backend: ``torch.compile`` every block with this backend (``inductor``); by default none.
+        overlap_shared_experts: Compute shared experts while tokens travel.
+        reshard_after_forward: Free gathered parameters after the forward pass and gather them again for the backward.
+    """
+
+    recompute: Literal["none", "experts", "block"] = "none"
+    param_dtype: torch.dtype | None = None
+    compile_backend: str | None = None
+    overlap_shared_experts: bool = True
+    reshard_after_forward: bool = True
+
+
+def parallelize(model: Decoder, meshes: Meshes, plan: Plan, options: ParallelOptions = ParallelOptions()) -> Decoder:
+    """Spread ``model`` over the ranks, in place. Every rank calls it.
+
+    The forward pass, parameter names and global shapes stay what they were. Gradients are summed over ranks and never
+    divided: run the backward pass on each rank's loss over the global number of tokens (``grads.sum_over_data``), or on
+    its sum, and scale gradients afterwards.
+
+    Args:
+        model: On the meta device (then ``init.materialize`` it), or with the same weights on every rank.
+        meshes: Of this world.
+        plan: Where everything goes.
+        options: Memory, speed and precision.
+
+    Returns:
+        ``model``; every parameter is a DTensor, and every module of a unit an ``FSDPModule``.
+
+    Raises:
+        ValueError: the plan or the sizes do not fit the model.
+    """
+    rules = resolve(plan, model)
+    check_sizes(model.config, meshes, rules)
+    _apply_expert(model, meshes, rules, options)
+    _apply_tensor(model, meshes.tensor, rules)
+    _apply_recompute(model, options.recompute)
+    if options.compile_backend is not None:
+        _apply_compile(model, options.compile_backend)
+    _apply_data(model, meshes, rules, options)
+    return model
+
+
+def check_sizes(config: ModelConfig, meshes: Meshes, rules: ResolvedPlan) -> None:
+    """Raise ``ValueError`` where a size of the mesh does not divide what it splits."""
+    sizes, moe = meshes.sizes, config.moe
+    wanted: list[tuple[str, int, str, int]] = []
+    if moe is not None and rules.experts:
+        wanted.append(("expert", sizes.expert, "num_experts", moe.num_experts))
+        wanted.append(("expert_shard", sizes.expert_shard, "moe_intermediate_size", moe.moe_intermediate_size))
+    if rules.tensor:
+        if config.attention:
+            wanted.append(("tensor", sizes.tensor, "num_kv_heads", config.attention.num_kv_heads))
+        if config.mla:
+            wanted.append(("tensor", sizes.tensor, "num_heads", config.mla.num_heads))
+        if moe is None or moe.first_k_dense:
+            wanted.append(("tensor", sizes.tensor, "intermediate_size", config.intermediate_size))
+        if moe is not None and moe.num_shared_experts:
+            shared = moe.num_shared_experts * moe.moe_intermediate_size
+            wanted.append(("tensor", sizes.tensor, "width of the shared experts", shared))
+    for name, ranks, field, value in wanted:
+        if value % ranks:
+            raise ValueError(f"{name} = {ranks} ranks: {field} = {value} is not divisible by it; give a divisor")
+
+
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Call ``forward`` in place of the forward of this one module; its hooks and names stay."""
+    vars(module)["forward"] = forward
+
+
+def moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:
+    """(name, layer) of every MoE layer, in order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, MoE))
+
+
+def traffic(model: nn.Module) -> list[Traffic]:
+    """The all-to-all traffic of every MoE layer that has a dispatcher between ranks; reset by assigning ``sent``."""
+    return [m.dispatcher.traffic for _, m in moe_layers(model) if isinstance(m.dispatcher, AllToAllDispatcher)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The four steps
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _apply_expert(model: Decoder, meshes: Meshes, rules: ResolvedPlan, options: ParallelOptions) -> None:
+    """Experts become DTensors over the expert ranks; tokens travel.
+
+    With tensor ranks this is needed even where every rank has all experts: the ranks of a group share the tokens.
+    """
+    if not rules.experts or (meshes.sizes.expert == 1 and meshes.sizes.tensor == 1):
+        return
+    mesh = meshes.expert
+    tensor_group = meshes.tensor.get_group() if meshes.sizes.tensor > 1 else None
+    for name, moe in moe_layers(model):
+        for parameter_name, parameter in list(moe.experts.named_parameters()):
+            dim = rules.experts[f"{name}.experts.{parameter_name}"].expert
+            local = parameter.detach().chunk(mesh.size(), dim)[mesh.get_local_rank()].clone()
+            sharded = DTensor.from_local(local, mesh, [Shard(dim)], run_check=False)
+            setattr(moe.experts, parameter_name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
+        moe.dispatcher = AllToAllDispatcher(mesh.get_group(), tensor_group)
+        replace_forward(moe.experts, partial(forward_local_experts, moe.experts))
+        if options.overlap_shared_experts and moe.shared_experts is not None:
+            replace_forward(moe, partial(forward_overlapped, moe))
+
+
+def _apply_tensor(model: Decoder, mesh: DeviceMesh, rules: ResolvedPlan) -> None:
+    if mesh.size() == 1:
+        return
+    styles: dict[str, ParallelStyle] = {}
+    for name, style in rules.tensor.items():
+        module = model.get_submodule(name)
+        if style == "shared_key":
+            mixer = model.get_submodule(name.rpartition(".")[0])
+            assert isinstance(mixer, MLA)
+            module.register_forward_hook(partial(_sum_key_gradient, mesh, mixer.rope))
+        elif style == "colwise":
+            styles[name] = ColwiseParallel()
+        elif style == "rowwise":
+            styles[name] = RowwiseParallel()
+        elif any(True for _ in module.parameters()):
+            # Heads take the place of the sequence: [B, S, H, d], sharded along H.
+            styles[name] = SequenceParallel(sequence_dim=2, use_local_output=True)
+    parallelize_module(model, mesh, styles)
+
+
+def _sum_key_gradient(mesh: DeviceMesh, size: int, module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    """The last ``size`` features are a key that all heads use: its gradient is spread over the tensor ranks."""
+    latent, key = out.split((out.shape[-1] - size, size), dim=-1)
+    summed: Tensor = SumGradient.apply(key, mesh.get_group())
+    return torch.cat((latent, summed), dim=-1)
+
+
+def _apply_recompute(model: Decoder, recompute: Literal["none", "experts", "block"]) -> None:
+    modules: list[nn.Module] = []
+    if recompute == "block":
+        modules = list(model.layers)
+    elif recompute == "experts":
+        modules = [moe.experts for _, moe in moe_layers(model)]
+    for module in modules:
+        replace_forward(module, partial(checkpoint, module.forward, use_reentrant=False))
+
+
+def _apply_compile(model: Decoder, backend: str) -> None:
+    for _, moe in moe_layers(model):
+        if isinstance(moe.dispatcher, AllToAllDispatcher):
+            # The host decides how much is sent where: that is not traced, and the rest of the block is.
+            replace_forward(moe, torch.compiler.disable(moe.forward))
+    for block in model.layers:
+        block.compile(backend=backend)
+
+
+def _apply_data(model: Decoder, meshes: Meshes, rules: ResolvedPlan, options: ParallelOptions) -> None:
+    """FSDP bottom-up: experts in the sparse view, blocks and the rest in the dense view."""
+    half = MixedPrecisionPolicy(param_dtype=options.param_dtype, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy() if options.param_dtype is None else half
+    reshard = options.reshard_after_forward
+    if options.param_dtype is not None:
+        full = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for name in rules.full_precision:
+            fully_shard(
+                model.get_submodule(name), mesh=meshes.dense_data, mp_policy=full, reshard_after_forward=reshard
+            )
+    if rules.experts:
+        for name, moe in moe_layers(model):
+            dims = {
+                parameter: Shard(rules.experts[f"{name}.experts.{key}"].shard)
+                for key, parameter in moe.experts.named_parameters()
+            }
+            fully_shard(
+                moe.experts,
+                mesh=meshes.sparse_data,
+                shard_placement_fn=dims.get,
+                mp_policy=policy,
+                reshard_after_forward=reshard,
+            )
+    for name in rules.units:
+        fully_shard(model.get_submodule(name), mesh=meshes.dense_data, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=meshes.dense_data, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Any other factor is divided twice where a mesh dimension has one rank, and fails on gloo.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)

@@ -1,0 +1,87 @@
+"""Gradients of a model whose parameters live on different meshes: sums, norm, clipping, accumulation."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from zoo.parallel.mesh import Meshes
+
+
+def sum_over_data(value: Tensor, meshes: Meshes) -> Tensor:
+    """Sum of ``value`` over the ranks with different batches, the same on all ranks.
+
+    For label counts, logged losses and the expert counts of loss-free balancing: tensor ranks route the same tokens,
+    and are not summed over.
+    """
+    total = value.detach().clone()
+    dist.all_reduce(total, group=meshes.data.get_group())
+    return total
+
+
+@torch.no_grad()
+def global_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """2-norm of all gradients together, each parameter counted once however it is sharded; fp32 at least.
+
+    Every rank calls it; the result is a scalar that is equal on all ranks that hold the same data, up to a gradient
+    that is not finite on some rank only (see ``all_finite``).
+    """
+    parts: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        gradient = parameter.grad
+        if isinstance(gradient, DTensor):
+            mesh, placements = gradient.device_mesh, gradient.placements
+            # Not `is_shard`: FSDP over tensor parallelism has a placement of its own.
+            split = (dim for dim, placement in enumerate(placements) if not placement.is_replicate())
+            groups = tuple(mesh.get_group(dim) for dim in split)
+            parts[groups].append(gradient.to_local())
+        elif gradient is not None:
+            parts[()].append(gradient)
+    total = torch.zeros(())
+    for groups, gradients in parts.items():
+        wide = torch.promote_types(gradients[0].dtype, torch.float32)
+        square = torch.nn.utils.get_total_norm([g.to(wide) for g in gradients]).square()
+        for group in groups:
+            dist.all_reduce(square, group=group)
+        total = total.to(square) + square
+    return total.sqrt()
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> None:
+    """Scale all gradients so that their global norm, which is ``norm`` now, is at most ``max_norm``."""
+    for group in _by_mesh(parameters):
+        torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+
+
+def all_finite(value: Tensor) -> bool:
+    """Whether ``value`` is finite on every rank of the world: the same answer everywhere, so that all skip or none."""
+    finite = torch.isfinite(value.detach()).all().to(torch.int32)
+    dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    return bool(finite)
+
+
+def set_last_micro_batch(model: nn.Module, last: bool) -> None:
+    """Reduce gradients in the next backward pass (``last``), or keep them on this rank: call it before each.
+
+    Before the last micro-batch of a step nothing is reduced over data ranks: gradients stay as large as the gathered
+    parameters until then.
+    """
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(last)
+    model.set_is_last_backward(last)
+
+
+def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[Sequence[nn.Parameter]]:
+    """Parameters with a gradient, grouped by the mesh they live on: torch's functions take one mesh at a time."""
+    groups: dict[object, list[nn.Parameter]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            groups[parameter.device_mesh if isinstance(parameter, DTensor) else None].append(parameter)
+    return list(groups.values())

@@ -1,0 +1,23 @@
+"""Every call into torch that is not public API. torch is pinned; each function has its own test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+def unflatten(mesh: DeviceMesh, sizes: Sequence[int], names: Sequence[str]) -> DeviceMesh:
+    """The ranks of a one-dimensional ``mesh`` seen as a grid, last name fastest.
+
+    Two views of one mesh belong together: FSDP joins dimensions of one view with a parameter on another.
+    """
+    return mesh._unflatten(0, tuple(sizes), tuple(names))
+
+
+def local_slices(tensor: DTensor) -> tuple[slice, ...]:
+    """Where the local part of ``tensor`` lies in the whole; empty slices on a rank that holds nothing."""
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
