@@ -13,6 +13,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 
 from zoo.training.checkpoint import AtomicCheckpointIO, Checkpoint, RandomState
@@ -102,17 +103,25 @@ class FitCLI(LightningCLI):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer with the loggers and callbacks of every run beside those of the config."""
+        """The trainer with the loggers and callbacks of every run beside those of the config.
+
+        Raises:
+            ValueError: arguments that contradict each other, or a device that is not there.
+        """
         config = self.config_init.trainer
         every = config.log_every_n_steps
         callbacks = [ExpertLoad(every), MetricsLog(every), RandomState()]
         if config.enable_progress_bar is not False:
             callbacks.append(TrainingProgress())
-        return super().instantiate_trainer(
-            logger=[*build_loggers(self.run_directory.path, self.run_directory.latest_step), *_listed(config.logger)],
-            callbacks=[*_listed(config.callbacks), *callbacks],
-            plugins=[*_listed(config.plugins), AtomicCheckpointIO()],
-        )
+        loggers = build_loggers(self.run_directory.path, self.run_directory.latest_step)
+        try:
+            return super().instantiate_trainer(
+                logger=[*loggers, *_listed(config.logger)],
+                callbacks=[*_listed(config.callbacks), *callbacks],
+                plugins=[*_listed(config.plugins), AtomicCheckpointIO()],
+            )
+        except MisconfigurationException as error:
+            raise ValueError(f"trainer: {error}") from None
 
 
 def fit(argv: list[str]) -> int:
@@ -139,6 +148,8 @@ def fit(argv: list[str]) -> int:
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
+    if cli.trainer.fast_dev_run:
+        return 0
     assert cli.model.model is not None
     save_model(cli.model.model, cli.model.spec, run.final, tokenizer_dir=cli.datamodule.data_dir / TOKENIZER_DIR)
     print(f"trained model: {run.final}")

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from zoo.training.module import ZooModule
 
 REFRESH_SECONDS = 0.5
-LINE_SECONDS = 10.0
+LINE_SECONDS = 20.0
 
 
 class TrainingProgress(ProgressBar):
@@ -28,6 +28,7 @@ class TrainingProgress(ProgressBar):
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         self._enabled = True
+        self._text = ""
         self._tokens = 0
         self._steps = 0
         self._seconds = 0.0
@@ -78,6 +79,7 @@ class TrainingProgress(ProgressBar):
         loss = pl_module.step_metrics["train/loss"].item()
         text = f"loss {loss:.4f}  {self._tokens / self._seconds:,.0f} tokens/s  {left} left"
         if self._bar:
+            self._text = text
             self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, description=text)
         else:
             self._print(f"step {trainer.global_step}/{trainer.max_steps}  {text}")
@@ -95,6 +97,8 @@ class TrainingProgress(ProgressBar):
         """Print the validation loss and start the clock again."""
         self._resumed = time.monotonic()
         assert isinstance(pl_module, ZooModule)
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], description=self._text)
         if self._enabled and not trainer.sanity_checking:
             loss, perplexity = (pl_module.val_metrics[f"val/{name}"].item() for name in ("loss", "perplexity"))
             step = f"step {trainer.global_step}/{trainer.max_steps}"

@@ -21,7 +21,7 @@ import zoo
 from zoo.config import CONFIG_FILE, load_yaml
 from zoo.training.checkpoint import list_checkpoints
 
-RESUMABLE_CHANGES = ("config", "data.num_workers", "trainer.max_time", "trainer.enable_progress_bar", "checkpoint.")
+RESUMABLE_CHANGES = ("data.num_workers", "trainer.max_time", "trainer.enable_progress_bar", "checkpoint.")
 """Keys (or their beginnings) that may differ when a run resumes: they do not change what it computes."""
 
 LIBRARIES = ("torch", "lightning", "torchmetrics", "omegaconf", "jsonargparse", "safetensors", "numpy")
