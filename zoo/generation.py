@@ -157,7 +157,9 @@ class TextStream:
         self._shown = len(prompt)
 
     def push(self, token: int) -> str:
-        """Text that ``token`` completes; empty while a character is incomplete."""
+        """Text that ``token`` completes; empty while a character is incomplete, and for ids of a padded embedding."""
+        if token >= self._tokenizer.vocab_size:
+            return ""
         self._tokens.append(token)
         return "" if self._decode(len(self._tokens)).endswith("\N{REPLACEMENT CHARACTER}") else self.flush()
 

@@ -193,6 +193,7 @@ def test_streamed_pieces_join_to_the_text(shared_data: Path) -> None:
     assert "".join(pieces) + shown.flush() == " a time " + text
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
     assert pieces[0] == " a"
+    assert shown.push(tokenizer.vocab_size) == ""
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,8 @@ class _MirrorFactory(TaskFactory):
 
     def _load_full_config(self, entry: Entry, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
         config: dict[str, Any] = super()._load_full_config(entry, overrides)
-        if self._data_root is not None and "dataset_path" in config:
+        names_files = "data_files" in (config.get("dataset_kwargs") or {})  # of dataset_path "json" and the like
+        if self._data_root is not None and "dataset_path" in config and not names_files:
             directory = (self._data_root / config["dataset_path"]).absolute()
             if not directory.is_dir():
                 raise ValueError(
