@@ -76,7 +76,7 @@ def evaluate(
         raise ValueError(f"data_root = {data_root}: no such directory; give the folder of the mirrored data sets")
     lm = ZooLM(model, tokenizer, batch_size=batch_size)
     seeds = {} if seed is None else dict.fromkeys(_SEEDS, seed)
-    with _offline(data_root is not None), _quiet(), tempfile.TemporaryDirectory() as cache:
+    with _offline(data_root is not None), _quiet():
         results: dict[str, Any] = lm_eval.simple_evaluate(
             lm,
             tasks=list(tasks),
@@ -100,10 +100,10 @@ def evaluate(
 class _MirrorFactory(TaskFactory):
     """Builds tasks whose data sets are read from directories under ``data_root``."""
 
-    def __init__(self, data_root: Path | None, cache: str) -> None:
+    def __init__(self, data_root: Path | None) -> None:
         super().__init__()
         self._data_root = data_root
-        self._cache = cache
+        self._cache = tempfile.TemporaryDirectory()  # lives as long as this object
 
     def _load_full_config(self, entry: Entry, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
         config: dict[str, Any] = super()._load_full_config(entry, overrides)
@@ -117,7 +117,7 @@ class _MirrorFactory(TaskFactory):
                 )
             config["dataset_path"] = str(directory)
             # A cache of its own: datasets' usual one takes two mirrors for one where their files are named alike.
-            config["dataset_kwargs"] = {**(config.get("dataset_kwargs") or {}), "cache_dir": self._cache}
+            config["dataset_kwargs"] = {**(config.get("dataset_kwargs") or {}), "cache_dir": self._cache.name}
         return config
 
     def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Any:
@@ -148,7 +148,7 @@ def task_manager(tasks: Sequence[str], include_path: Path | None, data_root: Pat
             near = difflib.get_close_matches(task, manager.all_tasks, n=3, cutoff=0.6)
             hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "`lm_eval ls tasks` lists them"
             raise ValueError(f"unknown task {task!r}; {hint}")
-    manager._factory = _MirrorFactory(data_root, cache)
+    manager._factory = _MirrorFactory(data_root)
     return manager
 
 
