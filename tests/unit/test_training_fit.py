@@ -180,6 +180,26 @@ def test_the_configs_of_the_repository_are_complete(path: Path, token_data: Path
     assert cli.trainer.max_steps > 0
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_shown_on_standard_error_only_where_it_is_wanted(
+    fit_config: Path,
+    tmp_path: Path,
+    terminal: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TTY_INTERACTIVE", "1" if terminal else "0")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1" if terminal else "0")
+    assert fit(["--config", str(fit_config)]) == 0
+    shown = capsys.readouterr().err
+    assert "24/24" in shown
+    assert re.search(r"tokens/s  0:00:00 left", shown)
+    assert ("\x1b[" in shown) == terminal
+    hidden = ["--trainer.enable_progress_bar", "false", "--trainer.default_root_dir", str(tmp_path / "hidden")]
+    assert fit(["--config", str(fit_config), *hidden]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_metrics_after_the_checkpoint_and_a_line_cut_short_are_replaced(tmp_path: Path) -> None:
     first = build_loggers(tmp_path, 0)[0]
     for step in (1, 2, 3):

@@ -148,7 +148,7 @@ def fit(argv: list[str]) -> int:
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
-    if cli.trainer.fast_dev_run:
+    if cli.config.trainer.fast_dev_run:
         return 0
     assert cli.model.model is not None
     save_model(cli.model.model, cli.model.spec, run.final, tokenizer_dir=cli.datamodule.data_dir / TOKENIZER_DIR)

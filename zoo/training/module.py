@@ -53,9 +53,10 @@ class ZooModule(LightningModule):
 
     The loss of an optimizer step is the mean negative log-likelihood over all labels of its micro-batches (not the
     mean of their means, which would weigh labels unequally), plus each balance loss times its coefficient. A balance
-    loss has the scope that its name says, so it is taken per micro-batch (or per sequence in it), and averaged over
-    the micro-batches of the step with the same weights. A step split into micro-batches therefore has the gradients
-    of the unsplit one, except for the micro-batch scope of the balance loss.
+    loss is taken per micro-batch (or per sequence in it) and averaged over the micro-batches of the step with the same
+    weights. Splitting a step into micro-batches therefore leaves the gradient of the likelihood as it is, and that of
+    the z-loss and of the sequence scope where the parts have equal numbers of labels; the micro-batch scope has, by
+    its definition, another one.
 
     Args:
         name: Name in ``configs/models``, path of a model YAML, or a checkpoint directory to train on from.
