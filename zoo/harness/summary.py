@@ -19,6 +19,7 @@ from zoo.accounting import count_parameters, training_flops
 from zoo.config import to_dict
 from zoo.harness.compare import Run
 from zoo.harness.facts import guess_rates
+from zoo.harness.headline import sentences
 from zoo.harness.statistics import Array, Bootstrap, Estimate, align, bootstrap, chance_p_value, gain_ratio
 from zoo.harness.study import Model, Study
 from zoo.training.run import environment
@@ -51,7 +52,7 @@ def summarise(study: Study, runs: Sequence[Run], out: Path, command: str) -> dic
     comparisons = [
         _comparison(study, models, number, boots, by_task) for number, model in enumerate(models) if model.twin
     ]
-    return {
+    report: dict[str, Any] = {
         "study": study.name,
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -75,6 +76,7 @@ def summarise(study: Study, runs: Sequence[Run], out: Path, command: str) -> dic
         ],
         "comparisons": comparisons,
     }
+    return report | {"headline": sentences(report)}
 
 
 def _bootstrap(scores: Scores, tasks: Sequence[str]) -> Bootstrap:
