@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example:\n  zoo compare configs/studies/quickstart.yaml --out runs/quickstart"
     parser.add_argument("study", metavar="STUDY", help="YAML file, or name of a study of the zoo such as quickstart")
     parser.add_argument("--out", type=Path, metavar="DIR", help="directory of the study (default runs/<name>)")
-    parser.add_argument("--smoke", action="store_true", help="the study's smoke size: a check that takes a minute or two")
+    parser.add_argument("--smoke", action="store_true", help="the study's smoke size: a check of a minute or two")
     parser.add_argument(
         "--data-root", type=Path, metavar="DIR", help="mirror of evaluation data sets, for a study that makes none"
     )

@@ -98,7 +98,8 @@ def _claim(study: Study, out: Path) -> None:
     """Write the study into its directory, or check that it is the one there."""
     path, content = out / "study.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(study)))
     if path.exists():
-        before, now = load_yaml(path), OmegaConf.to_container(OmegaConf.create(content))
+        before: Any = load_yaml(path)
+        now: Any = OmegaConf.to_container(OmegaConf.create(content))
         if before != now:
             changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
             raise ValueError(f"{out} holds another study (it differs in {', '.join(changed)}): give another --out")
@@ -141,7 +142,7 @@ def _prepare_data(study: Study, out: Path, notify: Notify) -> Path:
 def fit_config(study: Study, run: Run, data: Path) -> dict[str, Any]:
     """The config of ``zoo fit``: equal for all models but for the model and its balance losses."""
     training = study.training
-    own = {
+    own: dict[str, Any] = {
         "seed_everything": run.seed,
         "model": {"name": str(run.directory / "model.yaml")},
         "data": {
@@ -242,7 +243,8 @@ def validate(study: Study, model: Any, data: Path) -> dict[str, Any]:
     module = TokenDataModule(data, study.training.sequence_length, study.training.batch_size)
     total, labels, counts = 0.0, 0, []
     with torch.inference_mode():
-        for batch in module.val_dataloader():
+        loader: Any = module.val_dataloader()
+        for batch in loader:
             output = model(batch["input_ids"], document_ids=batch["document_ids"])
             nll, number = next_token_nll(output.logits, batch["labels"])
             total, labels = total + float(nll), labels + int(number)

@@ -74,7 +74,8 @@ def _contrast(skill: str, sparse: Mapping[str, Any], dense: Mapping[str, Any], d
 
 
 def _ratio(comparison: Mapping[str, Any]) -> str:
-    subject = f"Relative gain on knowledge ÷ relative gain on comprehension, {comparison['sparse']} over {comparison['dense']}"
+    pair = f"{comparison['sparse']} over {comparison['dense']}"
+    subject = f"Relative gain on knowledge ÷ relative gain on comprehension, {pair}"
     ratio = comparison["gain_ratio"]
     if ratio is None:
         return f"{subject}: not determined, because the gain on comprehension cannot be told from zero."

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
+from cycler import cycler
 
 matplotlib.use("Agg")
 
@@ -16,11 +17,11 @@ from matplotlib.figure import Figure
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's palette, which colour-blind readers can tell apart."""
 
-_STYLE = {
+_STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "axes.prop_cycle": cycler(color=COLOURS),
     "figure.constrained_layout.use": True,
 }
 _SIZE = (5.2, 3.4)
@@ -37,12 +38,18 @@ def scores(report: Mapping[str, Any]) -> str:
         for number, model in enumerate(models):
             estimates = [model["scores"][name] for name in names]
             rows = [i + 0.6 * (number / max(len(models) - 1, 1) - 0.5) for i in range(len(names))]
-            values = [100 * e["value"] for e in estimates]
-            bounds = [[100 * (e["value"] - e["low"]) for e in estimates], [100 * (e["high"] - e["value"]) for e in estimates]]
+            values, low, high = ([100 * e[key] for e in estimates] for key in ("value", "low", "high"))
+            bounds = [
+                [v - b for v, b in zip(values, low, strict=True)],
+                [b - v for v, b in zip(values, high, strict=True)],
+            ]
             axes.errorbar(values, rows, xerr=bounds, fmt="o", markersize=4, capsize=2, label=model["name"])
         guesses = [(i, models[0]["scores"][name]["guess"]) for i, name in enumerate(names)]
         known = [(i, 100 * guess) for i, guess in guesses if guess is not None]
-        axes.vlines([g for _, g in known], [i - 0.4 for i, _ in known], [i + 0.4 for i, _ in known], "grey", "dotted", "guess")
+        for i, guess in known:
+            axes.plot(
+                [guess, guess], [i - 0.4, i + 0.4], ":", color="grey", label="guessing" if i == known[0][0] else None
+            )
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set(xlabel="score, % (bars: 95% intervals)", xlim=(-2, 102))
@@ -75,11 +82,12 @@ def expert_load(model: Mapping[str, Any]) -> str:
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(_SIZE[0], max(2.0, 0.4 * len(load) + 1.2)))
         relative = [[share * experts for share in layer] for layer in load]
-        image = axes.imshow(relative, cmap="viridis", vmin=0, vmax=max(2.0, *map(max, relative)), aspect="auto")
+        highest = max(2.0, *map(max, relative))
+        image = axes.imshow(relative, cmap="viridis", vmin=0, vmax=highest, aspect="auto")
         if experts <= 16:
             for row, layer in enumerate(relative):
                 for column, value in enumerate(layer):
-                    colour = "black" if value > 0.65 * image.norm.vmax else "white"
+                    colour = "black" if value > 0.65 * highest else "white"
                     axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
         axes.set(xlabel="expert", ylabel="MoE layer")
         axes.set_yticks(range(len(load)))

@@ -20,9 +20,9 @@ Table = tuple[str, list[str], list[list[str]]]
 
 READING = (
     "Intervals are 95% bootstrap intervals over the evaluation items; differences are paired by item and are "
-    "sparse minus dense. They speak about other items of the same kind, not about other training runs: only several seeds "
-    "show those. p is the probability of so many right answers by guessing (exact one-sided binomial test). A score of 0% "
-    "or 100% has an interval of no width; a true rate up to 3 ÷ items away is still compatible with it."
+    "sparse minus dense. They speak about other items of the same kind, not about other training runs: only several "
+    "seeds show those. p is the probability of so many right answers by guessing (exact one-sided binomial test). A "
+    "score of 0% or 100% has an interval of no width; a true rate up to 3 ÷ items away is still compatible with it."
 )
 
 
@@ -49,7 +49,8 @@ def write_report(report: Mapping[str, Any], out: Path) -> list[Path]:
 
 def tables(report: Mapping[str, Any]) -> list[Table]:
     """Everything that the report shows as numbers."""
-    return [_skills(report), _differences(report), _tasks(report), _sizes(report), _costs(report)]
+    loads = [_load(model) for model in report["models"] if model["expert_load"]]
+    return [_skills(report), _differences(report), _tasks(report), _sizes(report), _costs(report), *loads]
 
 
 def _skills(report: Mapping[str, Any]) -> Table:
@@ -68,7 +69,7 @@ def _skills(report: Mapping[str, Any]) -> Table:
 
 
 def _differences(report: Mapping[str, Any]) -> Table:
-    header = ["sparse − dense, points", "matched by", "knowledge", "comprehension", "knowledge gain ÷ comprehension gain"]
+    header = ["sparse − dense, points", "matched by", "knowledge", "comprehension", "ratio of relative gains"]
     rows = []
     for comparison in report["comparisons"]:
         cells = [f"{comparison['sparse']} − {comparison['dense']}", comparison["matched_by"]]
@@ -76,7 +77,8 @@ def _differences(report: Mapping[str, Any]) -> Table:
             difference = comparison["scores"][skill]["difference"]
             cells.append(f"{points(difference['value'])} ({interval(difference)})")
         ratio = comparison["gain_ratio"]
-        cells.append("not determined" if ratio is None else f"{ratio['value']:.1f} ({ratio['low']:.1f} to {ratio['high']:.1f})")
+        known = ratio and f"{ratio['value']:.1f} ({ratio['low']:.1f} to {ratio['high']:.1f})"
+        cells.append(known or "not determined")
         rows.append(cells)
     return "Sparse against dense", header, rows
 
@@ -120,6 +122,12 @@ def _costs(report: Mapping[str, Any]) -> Table:
     return "Cost of training, start-up included", header, rows
 
 
+def _load(model: Mapping[str, Any]) -> Table:
+    header = ["MoE layer", *(f"expert {i}" for i in range(len(model["expert_load"][0])))]
+    rows = [[str(i), *(f"{share * len(layer):.2f}" for share in layer)] for i, layer in enumerate(model["expert_load"])]
+    return f"Expert load of {model['name']} on the validation text, ÷ mean load: 1 is balanced", header, rows
+
+
 def _scored(score: Mapping[str, float]) -> str:
     return f"{percent(score['value'])} ({100 * score['low']:.1f} to {100 * score['high']:.1f})"
 
@@ -133,7 +141,8 @@ def _p_value(p: float | None) -> str:
 def provenance(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What it takes to repeat the study."""
     machine = report["machine"]
-    parts = [machine["processor"], f"{machine['cores']} cores", f"{binary(machine['memory_bytes'])} memory", machine["gpu"]]
+    memory = f"{binary(machine['memory_bytes'])} memory"
+    parts = [machine["processor"], f"{machine['cores']} cores", memory, machine["gpu"]]
     git = report["git"]
     training = report["config"]["training"]
     pairs = [
@@ -145,8 +154,8 @@ def provenance(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("code", "not a git checkout" if git is None else git["commit"] + (" with changes" if git["dirty"] else "")),
         (
             "budget",
-            f"{report['tokens']:,} tokens a model: {training['steps']:,} steps of {training['batch_size']} sequences of "
-            f"{training['sequence_length']} tokens, the same ones in the same order for every model",
+            f"{report['tokens']:,} tokens a model: {training['steps']:,} steps of {training['batch_size']} sequences "
+            f"of {training['sequence_length']} tokens, the same ones in the same order for every model",
         ),
     ]
     if "facts" in report["config"]["data"]:
@@ -166,20 +175,14 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines = [f"# {report['study']}", "", *(f"- {sentence}" for sentence in report["headline"]), ""]
     for title, header, rows in tables(report):
         if rows:
-            lines += [f"## {title}", "", _row(header), _row(["---", *["---:"] * (len(header) - 1)]), *map(_row, rows), ""]
-    for model in report["models"]:
-        if model["expert_load"]:
-            lines += [f"## Expert load of {model['name']}", "", "Load ÷ mean load on the validation text; 1 is balanced.", ""]
-            experts = range(len(model["expert_load"][0]))
-            lines += [_row(["layer", *map(str, experts)]), _row(["---"] * (len(experts) + 1))]
-            lines += [
-                _row([str(i), *(f"{share * len(layer):.2f}" for share in layer)])
-                for i, layer in enumerate(model["expert_load"])
-            ]
-            lines.append("")
+            lines += [f"## {title}", "", *_markdown_table(header, rows), ""]
     lines += ["## How to read this", "", READING, "", "## How it was made", ""]
-    lines += [f"- {name}: `{value}`" if name == "command" else f"- {name}: {value}" for name, value in provenance(report)]
+    lines += [f"- {name}: {value}" for name, value in provenance(report)]
     return "\n".join([*lines, "", "```yaml", _yaml(report), "```", ""])
+
+
+def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [_row(header), _row(["---", *["---:"] * (len(header) - 1)]), *map(_row, rows)]
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -198,7 +201,8 @@ def html(report: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             "<!doctype html>",
-            '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{title}</title><style>{_CSS}</style></head><body><main>",
             f"<h1>{title}</h1>",
             "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in report["headline"]) + "</ul>",
@@ -223,9 +227,8 @@ def _html_table(table: Table) -> str:
         f'<tr><th scope="row">{escape(first)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in rest) + "</tr>"
         for first, *rest in rows
     )
-    return (
-        f'<h2>{escape(title)}</h2><div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    table_body = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<h2>{escape(title)}</h2><div class="wide"><table>{table_body}</table></div>'
 
 
 def _yaml(report: Mapping[str, Any]) -> str:

@@ -82,7 +82,7 @@ def bootstrap(tasks: Sequence[Array], resamples: int = RESAMPLES, seed: int = 0)
         ValueError: there is no task, a task has no items, or tasks disagree about the number of models.
     """
     if not tasks or any(task.ndim != 2 or not len(task) for task in tasks):
-        raise ValueError(f"tasks of shape {[task.shape for task in tasks]}: give at least one [items, models], items >= 1")
+        raise ValueError(f"tasks of shape {[task.shape for task in tasks]}: give at least one, each with an item")
     if len({task.shape[1] for task in tasks}) > 1:
         raise ValueError(f"tasks of shape {[task.shape for task in tasks]}: score the same models on every task")
     generator = np.random.default_rng(seed)
@@ -118,10 +118,10 @@ def gain_ratio(knowledge: Bootstrap, comprehension: Bootstrap, model: int, refer
 
 
 def chance_p_value(correct: int, items: int, chance: float) -> float:
-    """Probability of at least ``correct`` right answers out of ``items`` by guessing: the exact one-sided binomial test.
+    """Probability of ``correct`` or more right answers to ``items`` by guessing: the exact one-sided binomial test.
 
-    Where items differ in their guess rate, ``chance`` is the mean rate. The test is then conservative, because the
-    variance of the count is at most that of the binomial (Hoeffding, 1956).
+    Where items differ in their guess rate, ``chance`` is the mean rate. The test is then conservative for
+    counts above the mean (Hoeffding, 1956, theorem 5).
 
     Raises:
         ValueError: ``chance`` is not a probability, or ``correct`` is not between 0 and ``items``.

@@ -135,7 +135,7 @@ class Study:
                 raise ValueError(f"{what} = {values}: give each once, and at least one")
         for entry in self.models:
             if entry.twin and entry.twin.of not in names:
-                raise ValueError(f"model {entry.name!r}: twin of {entry.twin.of!r}, which is none of {', '.join(names)}")
+                raise ValueError(f"model {entry.name!r}: twin of {entry.twin.of!r}, which is not among the models")
 
 
 @dataclass(frozen=True)

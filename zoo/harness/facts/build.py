@@ -105,7 +105,9 @@ def write(config: FactsConfig, directory: Path) -> None:
     if manifest.exists():
         made_from = json.loads(manifest.read_text(encoding="utf-8"))["config"]
         if made_from != asdict(config):
-            raise ValueError(f"{directory} was made from {made_from}, not from {asdict(config)}: give another directory")
+            raise ValueError(
+                f"{directory} was made from {made_from}, not from {asdict(config)}: give another directory"
+            )
         return
     facts = make(config)
     mirror = directory / MIRROR / DATASET
@@ -168,6 +170,7 @@ def _trivia(fact: Fact, number: int) -> dict[str, Any]:
 
 def _dataset_card(tables: Iterable[str]) -> str:
     configs = "".join(
-        f"- config_name: {name}\n  data_files:\n  - split: validation\n    path: {name}/validation-*.parquet\n" for name in tables
+        f"- config_name: {name}\n  data_files:\n  - split: validation\n    path: {name}/validation-*.parquet\n"
+        for name in tables
     )
     return f"---\nlicense: cc-by-4.0\nconfigs:\n{configs}---\n\nMade by moe-zoo. Facts: {ATTRIBUTION}.\n"

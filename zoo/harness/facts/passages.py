@@ -123,9 +123,11 @@ def copa(inventor: Inventor, number: int) -> Item:
 def as_text(task: str, item: Item) -> str:
     """An answered question as a training document, in the prompt of its lm-eval task."""
     if task == "boolq":
-        return f"{item['passage']}\nQuestion: {item['question']}?\nAnswer: {('no', 'yes')[item['label']]}"
+        answer = ("no", "yes")[item["label"]]
+        return f"{item['passage']}\nQuestion: {item['question']}?\nAnswer: {answer}"
     if task == "rte":
-        return f"{item['premise']}\nQuestion: {item['hypothesis']} True or False?\nAnswer: {('True', 'False')[item['label']]}"
+        answer = ("True", "False")[item["label"]]
+        return f"{item['premise']}\nQuestion: {item['hypothesis']} True or False?\nAnswer: {answer}"
     choice = item[("choice1", "choice2")[item["label"]]]
     connector = {"cause": "because", "effect": "therefore"}[item["question"]]
     return f"{item['premise'][:-1]} {connector} {choice[0].lower()}{choice[1:]}"

