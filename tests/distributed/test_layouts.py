@@ -29,3 +29,50 @@ def check(pools: Pools, run: Run, layout: Layout, options: ParallelOptions = PLA
 @pytest.mark.parametrize("model", ["mixtral", "deepseek-v3", "qwen2"])
 def test_layout_equals_one_process(pools: Pools, model: str, layout: str) -> None:
     check(pools, Run(model), LAYOUTS[layout])
+
+
+MANY = ["fsdp2", "ep2", "tp2", "fsdp2_ep2", "tp2_ep2"]
+"""Layouts for what need not be tried in all."""
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp2_ep2", "fsdp2_ep2"])
+def test_tied_embeddings_and_head_norms(pools: Pools, layout: str) -> None:
+    check(pools, Run("qwen3"), LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", [Layout("fsdp", 2), Layout("fsdp", 4, replicate=2)], ids=["fsdp2", "hybrid4"])
+def test_dense_models(pools: Pools, layout: Layout) -> None:
+    check(pools, Run("dense"), layout)
+
+
+@pytest.mark.parametrize("layout", MANY)
+@pytest.mark.parametrize("model", ["mixtral", "deepseek-v3"])
+def test_accumulation_bias_updates_and_an_expert_without_tokens(pools: Pools, model: str, layout: str) -> None:
+    run = Run(model, steps=3, accumulate=2, bias_rate=0.01, idle=(1,))
+    expected = alone(run, LAYOUTS[layout].data)
+    name = "grad/layers.1.ffn.experts.down"
+    assert not expected[name][1].any() and expected[name][2:].any()
+    check(pools, run, LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", ["ep2", "fsdp2_ep2", "tp2_ep2"])
+def test_a_rank_without_tokens(pools: Pools, layout: str) -> None:
+    """No token chooses any of the experts that the second half of the expert ranks hold."""
+    check(pools, Run("mixtral", steps=2, idle=(4, 5, 6, 7)), LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("recompute", ["block", "experts"])
+@pytest.mark.parametrize("layout", ["fsdp2", "tp2_ep2", "fsdp2_ep2"])
+def test_recomputed_activations(pools: Pools, layout: str, recompute: str) -> None:
+    options = ParallelOptions(recompute=recompute, reshard_after_forward=layout != "fsdp2_ep2")
+    check(pools, Run("deepseek-v3", steps=2, accumulate=2), LAYOUTS[layout], options)
+
+
+def test_shared_experts_need_not_overlap_with_the_exchange(pools: Pools) -> None:
+    for model in ("deepseek-v3", "qwen2"):
+        check(pools, Run(model, steps=2), LAYOUTS["ep2"], ParallelOptions(overlap_shared_experts=False))
+
+
+def test_no_clipping_below_the_norm(pools: Pools) -> None:
+    check(pools, Run("mixtral", steps=2, max_norm=1e6), LAYOUTS["tp2_ep2"])
+    check(pools, Run("mixtral", steps=2, max_norm=None), LAYOUTS["fsdp2_ep2"])

@@ -15,7 +15,7 @@ from zoo.config import CONFIG_FILE, ModelConfig, ModelSpec, load_spec, save_spec
 from zoo.families import get_family
 from zoo.registry import published_spec, read_json
 from zoo.weights.hub import download, is_hub_id
-from zoo.weights.ops import Op, Shape, source_shapes
+from zoo.weights.ops import Op, Region, Shape, source_shapes
 from zoo.weights.source import TensorSource, check_tensors, refuse_pickle
 from zoo.weights.target import MAX_SHARD_BYTES, copy_tokenizer, new_directory, write_tensors
 
@@ -108,16 +108,38 @@ def export_checkpoint(
     if not (directory / CONFIG_FILE).is_file():
         raise ValueError(f"{directory}: no {CONFIG_FILE} in it; give a zoo checkpoint directory")
     spec = load_spec(directory / CONFIG_FILE)
-    family = get_family(spec.family)
-    published = family.to_hf(spec.model)
-    ops = family.weight_map(spec.model)
-    with open_zoo(directory, spec.model) as tensors, new_directory(Path(hf_dir)) as aside:
-        copy_tokenizer(directory, aside, spec.model.vocab_size)
-        converted = Stream(ops, tensors, to_zoo=False)
-        write_tensors(aside, tracked(converted, "exporting", progress), max_shard_bytes)
-        published |= _special_ids(directory) | {"torch_dtype": tensors.dtype("embed_tokens.weight")}
-        (aside / "config.json").write_text(json.dumps(published, indent=2) + "\n", encoding="utf-8")
+    ops = get_family(spec.family).weight_map(spec.model)
+    with open_zoo(directory, spec.model) as tensors:
+        converted = tracked(Stream(ops, tensors, to_zoo=False), "exporting", progress)
+        dtype = tensors.dtype("embed_tokens.weight")
+        write_published(converted, spec, hf_dir, dtype, directory, max_shard_bytes=max_shard_bytes)
     return Conversion(spec, Path(hf_dir), _elements(spec.model), ())
+
+
+def write_published(
+    tensors: Named, spec: ModelSpec, hf_dir: str | Path, dtype: str, tokenizer_dir: Path | None, *, max_shard_bytes: int
+) -> None:
+    """Write a directory in the layout that the family of ``spec`` is published in.
+
+    Args:
+        tensors: in the order of the family's weight map, under published names.
+        spec: of the model.
+        hf_dir: directory to make.
+        dtype: name of torch's dtype that config.json declares.
+        tokenizer_dir: where tokenizer files are copied from, if there are any.
+        max_shard_bytes: size of the files written.
+
+    Raises:
+        ValueError: the family cannot express the model, or ``hf_dir`` exists.
+        OSError: ``hf_dir`` cannot be written.
+    """
+    published = get_family(spec.family).to_hf(spec.model)
+    with new_directory(Path(hf_dir)) as aside:
+        if tokenizer_dir is not None:
+            copy_tokenizer(tokenizer_dir, aside, spec.model.vocab_size)
+        write_tensors(aside, tensors, max_shard_bytes)
+        published |= _special_ids(aside) | {"torch_dtype": dtype}
+        (aside / "config.json").write_text(json.dumps(published, indent=2) + "\n", encoding="utf-8")
 
 
 class Stream:
@@ -127,10 +149,15 @@ class Stream:
         self, ops: list[Op], source: TensorSource, *, to_zoo: bool = True, left_out: Iterable[str] = ()
     ) -> None:
         self._ops, self._source, self._to_zoo = ops, source, to_zoo
+        self._by_target = {name: op for op in ops for name in op.targets}
         self.left_out = tuple(left_out)
 
     def __len__(self) -> int:
         return len(self._ops)
+
+    def read_region(self, name: str, region: Region, shape: Shape) -> Tensor:
+        """A box of our parameter ``name``, which has ``shape``; nothing else is read."""
+        return self._by_target[name].region_to_zoo(region, shape, self._source.read_region)
 
     def groups(self) -> Iterator[Named]:
         """For every operation, its tensors."""

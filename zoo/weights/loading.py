@@ -121,15 +121,27 @@ def save_model(
     """
     if spec.model != model.config:
         raise ValueError(f"spec {spec.name!r} describes another architecture than the model's; give the model's config")
+    tensors = ((name, tensor.detach().cpu()) for name, tensor in model.state_dict().items())
+    write_zoo(tensors, spec, directory, tokenizer_dir, max_shard_bytes=max_shard_bytes)
+
+
+def write_zoo(
+    tensors: Iterable[tuple[str, Tensor]],
+    spec: ModelSpec,
+    directory: str | Path,
+    tokenizer_dir: str | Path | None,
+    *,
+    max_shard_bytes: int,
+) -> None:
+    """Write ``tensors``, the state of a decoder in its order, as ``save_model`` does; arguments and errors as there."""
     directory = Path(directory)
     is_checkpoint = (directory / CONFIG_FILE).is_file()
     if directory.exists() and not is_checkpoint and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory}: exists and is not a zoo checkpoint; choose another place")
     with new_directory(directory, replace=True) as aside:
         if tokenizer_dir is not None:
-            copy_tokenizer(Path(tokenizer_dir), aside, model.config.vocab_size)
-        state = model.state_dict()
-        write_tensors(aside, ((name, tensor.detach().cpu()) for name, tensor in state.items()), max_shard_bytes)
+            copy_tokenizer(Path(tokenizer_dir), aside, spec.model.vocab_size)
+        write_tensors(aside, tensors, max_shard_bytes)
         save_spec(spec, aside / CONFIG_FILE)
 
 

@@ -6,6 +6,7 @@ both ways, one tensor group at a time: nothing but its own group is ever in memo
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 Read = Callable[[str], "Tensor"]
 """Name → tensor."""
+Region = tuple[slice, ...]
+"""A box of a tensor: a slice with start and stop for every dimension."""
+ReadRegion = Callable[[str, Region], "Tensor"]
+"""Name and box → that box of the tensor."""
 
 
 class Op(Protocol):
@@ -34,6 +39,10 @@ class Op(Protocol):
 
     def to_published(self, read: Read) -> Iterator[tuple[str, Tensor]]:
         """Read every target once and yield (name, tensor) for every source: the inverse of ``to_zoo``."""
+        ...
+
+    def region_to_zoo(self, region: Region, target_shape: Shape, read: ReadRegion) -> Tensor:
+        """The box ``region`` of the one target, of which nothing else is read."""
         ...
 
     def source_shape(self, target_shape: Shape) -> Shape:
@@ -61,6 +70,9 @@ class Rename:
 
     def to_published(self, read: Read) -> Iterator[tuple[str, Tensor]]:
         yield self.source, read(self.target)
+
+    def region_to_zoo(self, region: Region, target_shape: Shape, read: ReadRegion) -> Tensor:
+        return read(self.source, region)
 
     def source_shape(self, target_shape: Shape) -> Shape:
         return target_shape
@@ -96,6 +108,17 @@ class Stack:
     def to_published(self, read: Read) -> Iterator[tuple[str, Tensor]]:
         yield from zip(self.sources, read(self.target).flatten(0, len(self.leading) - 1).unbind(0), strict=True)
 
+    def region_to_zoo(self, region: Region, target_shape: Shape, read: ReadRegion) -> Tensor:
+        depth = len(self.leading)
+        chosen = [range(s.start, s.stop) for s in region[:depth]]
+        sources = [self.sources[_row_major(index, self.leading)] for index in itertools.product(*chosen)]
+        first = read(sources[0], region[depth:])
+        stacked = first.new_empty((len(sources), *first.shape))
+        stacked[0] = first
+        for i, name in enumerate(sources[1:], start=1):
+            stacked[i] = read(name, region[depth:])
+        return stacked.unflatten(0, [len(indices) for indices in chosen])
+
     def source_shape(self, target_shape: Shape) -> Shape:
         return target_shape[len(self.leading) :]
 
@@ -123,9 +146,27 @@ class Split:
     def to_published(self, read: Read) -> Iterator[tuple[str, Tensor]]:
         yield self.source, read(self.target).flatten(self.dim, self.dim + 1)
 
+    def region_to_zoo(self, region: Region, target_shape: Shape, read: ReadRegion) -> Tensor:
+        outer, inner = region[self.dim : self.dim + 2]
+        size = target_shape[self.dim + 1]
+        starts = [part * size + inner.start for part in range(outer.start, outer.stop)]
+        slices = [slice(start, start + inner.stop - inner.start) for start in starts]
+        parts = [read(self.source, (*region[: self.dim], s, *region[self.dim + 2 :])) for s in slices]
+        whole = parts[0].new_empty((len(parts), *parts[0].shape))
+        for i, part in enumerate(parts):
+            whole[i] = part
+        return whole.movedim(0, self.dim)
+
     def source_shape(self, target_shape: Shape) -> Shape:
         merged = target_shape[self.dim] * target_shape[self.dim + 1]
         return (*target_shape[: self.dim], merged, *target_shape[self.dim + 2 :])
+
+
+def _row_major(index: tuple[int, ...], shape: Shape) -> int:
+    place = 0
+    for i, size in zip(index, shape, strict=True):
+        place = place * size + i
+    return place
 
 
 def source_shapes(ops: Iterable[Op], target_shapes: dict[str, Shape]) -> dict[str, Shape]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from zoo.registry import read_json
-from zoo.weights.ops import Op, Shape
+from zoo.weights.ops import Op, Region, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,13 +67,21 @@ class TensorSource:
 
     def read(self, name: str) -> Tensor:
         """The tensor ``name``, on the CPU in the dtype that it is stored in."""
+        tensor: Tensor = self._file_of(name).get_tensor(name)
+        return tensor
+
+    def read_region(self, name: str, region: Region) -> Tensor:
+        """A box of the tensor ``name``; nothing else of it is read."""
+        tensor: Tensor = self._file_of(name).get_slice(name)[region]
+        return tensor
+
+    def _file_of(self, name: str) -> Any:
         path = self.entries[name].path
         if path != self._open_path:
             self.close()
             self._handle = self._stack.enter_context(_safe_open(path))
             self._open_path = path
-        tensor: Tensor = self._handle.get_tensor(name)
-        return tensor
+        return self._handle
 
     def _add_file(self, path: Path) -> None:
         with _safe_open(path) as handle:
