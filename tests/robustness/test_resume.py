@@ -79,6 +79,18 @@ def stopped_run(fit_config: Path, tmp_path: Path) -> Path:
     return run
 
 
+def test_a_run_killed_between_its_last_step_and_its_model_only_saves_the_model(
+    fit_config: Path, tmp_path: Path
+) -> None:
+    argv = ["--config", str(fit_config), "--trainer.max_steps", "20"]
+    assert fit(argv) == 0
+    run = tmp_path / "run"
+    before = {name: (run / name).read_bytes() for name in RESULTS}
+    shutil.rmtree(run / "final")
+    assert fit(argv) == 0
+    assert {name: (run / name).read_bytes() for name in RESULTS} == before
+
+
 @contextlib.contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
     """Writing past ``size`` bytes of a file fails, as on a full disk."""
