@@ -65,5 +65,5 @@ def experts_grouped(rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor)
 
 
 def grouped_applies(rows: Tensor) -> bool:
-    """torch's CUDA kernel takes bf16; on the CPU the split products are as fast or faster (docs/architecture.md)."""
+    """torch's CUDA kernel takes bf16; on the CPU neither is always the faster (scripts/benchmark_experts.py)."""
     return rows.is_cuda and rows.dtype == torch.bfloat16
