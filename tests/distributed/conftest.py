@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from pool import WorkerPool
-
-Pools = dict[int, WorkerPool]
+from pool import Pools, WorkerPool
 
 
 @pytest.fixture(scope="session")

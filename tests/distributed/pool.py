@@ -103,3 +103,7 @@ def _serve(connection: Connection, store: str, rank: int, world: int) -> None:
             connection.send((True, function(*args, **kwargs)))
         except BaseException:
             connection.send((False, traceback.format_exc()))
+
+
+Pools = dict[int, WorkerPool]
+"""World size → its pool."""

@@ -6,8 +6,8 @@ from functools import cache
 
 import numpy as np
 import pytest
-from conftest import Pools
-from training import LAYOUTS, PLAIN, Layout, Result, Run, train_alone, train_parallel
+from layouts import LAYOUTS, PLAIN, Layout, Result, Run, train_alone, train_parallel
+from pool import Pools
 
 from zoo.parallel.apply import ParallelOptions
 

@@ -28,21 +28,29 @@ from zoo.config import ModelConfig
 from zoo.layers.mla import MLA
 from zoo.model import Decoder
 from zoo.moe.layer import MoE
+from zoo.parallel.capacity import CapacityDispatcher
 from zoo.parallel.collectives import SumGradient, Traffic
-from zoo.parallel.expert_parallel import AllToAllDispatcher, forward_local_experts, forward_overlapped
+from zoo.parallel.expert_parallel import (
+    AllToAllDispatcher,
+    ExchangeDispatcher,
+    forward_local_experts,
+    forward_overlapped,
+)
 from zoo.parallel.mesh import Meshes
 from zoo.parallel.plan import Plan, ResolvedPlan, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelOptions:
-    """What does not change the result but memory, speed and rounding.
+    """Memory, speed and rounding; all but ``capacity_factor`` leave the result as it is.
 
     Attributes:
         recompute: Whose activations are computed again in the backward pass instead of kept.
         param_dtype: Dtype that parameters are gathered and computed in; gradients are reduced in fp32. By default
             theirs.
         compile_backend: ``torch.compile`` every block with this backend (``inductor``); by default none.
+        capacity_factor: Bound on what an expert takes, over its balanced load; more tokens are dropped, and all shapes
+            are known beforehand. By default nothing is dropped.
         overlap_shared_experts: Compute shared experts while tokens travel.
         reshard_after_forward: Free gathered parameters after the forward pass and gather them again for the backward.
     """
@@ -50,6 +58,7 @@ class ParallelOptions:
     recompute: Literal["none", "experts", "block"] = "none"
     param_dtype: torch.dtype | None = None
     compile_backend: str | None = None
+    capacity_factor: float | None = None
     overlap_shared_experts: bool = True
     reshard_after_forward: bool = True
 
@@ -118,7 +127,7 @@ def moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:
 
 def traffic(model: nn.Module) -> list[Traffic]:
     """The all-to-all traffic of every MoE layer that has a dispatcher between ranks; reset by assigning ``sent``."""
-    return [m.dispatcher.traffic for _, m in moe_layers(model) if isinstance(m.dispatcher, AllToAllDispatcher)]
+    return [m.dispatcher.traffic for _, m in moe_layers(model) if isinstance(m.dispatcher, ExchangeDispatcher)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -131,7 +140,13 @@ def _apply_expert(model: Decoder, meshes: Meshes, rules: ResolvedPlan, options: 
 
     With tensor ranks this is needed even where every rank has all experts: the ranks of a group share the tokens.
     """
-    if not rules.experts or (meshes.sizes.expert == 1 and meshes.sizes.tensor == 1):
+    apart = meshes.sizes.expert > 1 or meshes.sizes.tensor > 1
+    if options.capacity_factor is not None and not (rules.experts and apart):
+        raise ValueError(
+            f"capacity_factor = {options.capacity_factor}: nothing is exchanged in this layout; spread the experts, or "
+            "remove it"
+        )
+    if not rules.experts or not apart:
         return
     mesh = meshes.expert
     tensor_group = meshes.tensor.get_group() if meshes.sizes.tensor > 1 else None
@@ -141,7 +156,10 @@ def _apply_expert(model: Decoder, meshes: Meshes, rules: ResolvedPlan, options: 
             local = parameter.detach().chunk(mesh.size(), dim)[mesh.get_local_rank()].clone()
             sharded = DTensor.from_local(local, mesh, [Shard(dim)], run_check=False)
             setattr(moe.experts, parameter_name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
-        moe.dispatcher = AllToAllDispatcher(mesh.get_group(), tensor_group)
+        if options.capacity_factor is None:
+            moe.dispatcher = AllToAllDispatcher(mesh.get_group(), tensor_group)
+        else:
+            moe.dispatcher = CapacityDispatcher(mesh.get_group(), tensor_group, factor=options.capacity_factor)
         replace_forward(moe.experts, partial(forward_local_experts, moe.experts))
         if options.overlap_shared_experts and moe.shared_experts is not None:
             replace_forward(moe, partial(forward_overlapped, moe))
@@ -186,7 +204,7 @@ def _apply_recompute(model: Decoder, recompute: Literal["none", "experts", "bloc
 
 def _apply_compile(model: Decoder, backend: str) -> None:
     for _, moe in moe_layers(model):
-        if isinstance(moe.dispatcher, AllToAllDispatcher):
+        if isinstance(moe.dispatcher, ExchangeDispatcher):
             # The host decides how much is sent where: that is not traced, and the rest of the block is.
             replace_forward(moe, torch.compiler.disable(moe.forward))
     for block in model.layers:

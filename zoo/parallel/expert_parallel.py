@@ -9,7 +9,9 @@ Shapes: T tokens, D model, E experts, K top-k, M expert ranks, R rows sent, Q ro
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,7 +47,9 @@ class Flight:
     """Link to the weights [Q, K]."""
     weight_exchange: Exchange
     experts: Tensor
-    """[Q, K], experts of this rank, numbered from 0; E / M stands for an expert elsewhere."""
+    """[Q, K], experts of this rank, numbered from 0; ``local_experts`` stands for an expert elsewhere."""
+    local_experts: int
+    """E / M."""
     token: Tensor
     """[R], which token each sent row is."""
     slice_size: int
@@ -65,8 +69,8 @@ class Arrived:
     """[N], which received row each expert row is a copy of."""
 
 
-class AllToAllDispatcher:
-    """A ``zoo.moe.dispatch.Dispatcher`` over the ranks of ``expert_group``, no token dropped.
+class ExchangeDispatcher(ABC):
+    """A ``zoo.moe.dispatch.Dispatcher`` between ranks, in two steps, so that something may be computed between them.
 
     Args:
         expert_group: Ranks that hold the experts, in order: rank m has experts m·E/M to (m + 1)·E/M.
@@ -75,47 +79,68 @@ class AllToAllDispatcher:
 
     def __init__(self, expert_group: dist.ProcessGroup, tensor_group: dist.ProcessGroup | None = None) -> None:
         self.expert_group, self.tensor_group = expert_group, tensor_group
+        self.ranks = dist.get_world_size(expert_group)
         self.traffic = Traffic()
 
-    def start(self, x: Tensor, routing: RouterOutput) -> Flight:
+    @abstractmethod
+    def start(self, x: Tensor, routing: RouterOutput) -> Any:
         """Send tokens x [T, D] on their way."""
-        tokens, ranks = len(x), dist.get_world_size(self.expert_group)
-        weights, experts = routing.weights, routing.experts
-        local_experts = routing.scores.shape[-1] // ranks
-        if self.tensor_group is not None:
-            x, weights, experts = (slice_tokens(t, self.tensor_group) for t in (x, weights, experts))
+
+    @abstractmethod
+    def finish(self, flight: Any) -> tuple[Tensor, Tensor, Any]:
+        """Await the tokens and sort them: (rows [N, D] sorted by expert, counts [E / M], state of ``combine``)."""
+
+    @abstractmethod
+    def combine(self, rows: Tensor, state: Any) -> Tensor:
+        """rows [N, D] → [T, D], each token's sum over its experts of weight · row."""
+
+    def dispatch(self, x: Tensor, routing: RouterOutput) -> tuple[Tensor, Tensor, Any]:
+        """Both steps at once; rows and counts are those of the experts of this rank."""
+        return self.finish(self.start(x, routing))
+
+    def share(self, x: Tensor) -> Tensor:
+        """This tensor rank's share of x [T, ...]."""
+        return x if self.tensor_group is None else slice_tokens(x, self.tensor_group)
+
+    def unshare(self, part: Tensor, tokens: int) -> Tensor:
+        """The shares of all tensor ranks → [T, ...]."""
+        return part if self.tensor_group is None else gather_tokens(part, tokens, self.tensor_group)
+
+
+class AllToAllDispatcher(ExchangeDispatcher):
+    """Uneven exchanges, no token dropped. The host waits for the sizes of each."""
+
+    def start(self, x: Tensor, routing: RouterOutput) -> Flight:
+        """See ``ExchangeDispatcher``."""
+        tokens, local_experts = len(x), routing.scores.shape[-1] // self.ranks
+        x, weights, experts = (self.share(t) for t in (x, routing.weights, routing.experts))
         destination = experts // local_experts
-        wanted = torch.zeros(len(x), ranks, dtype=torch.bool, device=x.device).scatter_(1, destination, True)
+        wanted = torch.zeros(len(x), self.ranks, dtype=torch.bool, device=x.device).scatter_(1, destination, True)
         rank, token = wanted.t().nonzero(as_tuple=True)
         send, receive = exchange_sizes(wanted.sum(0), self.expert_group)
         there = destination[token] == rank.unsqueeze(1)
         ids = torch.where(there, experts[token] - rank.unsqueeze(1) * local_experts, local_experts).to(torch.int32)
-        id_exchange = Exchange(send, receive, self.expert_group, self.traffic)
+        id_exchange, weight_exchange, exchange = (
+            Exchange(send, receive, self.expert_group, self.traffic) for _ in range(3)
+        )
         received_ids = id_exchange.wait(id_exchange.start(ids))
-        weight_exchange = Exchange(send, receive, self.expert_group, self.traffic)
         sent_weights = weight_exchange.start(weights[token] * there)
-        exchange = Exchange(send, receive, self.expert_group, self.traffic)
         rows = exchange.start(x.index_select(0, token))
-        return Flight(rows, exchange, sent_weights, weight_exchange, received_ids, token, len(x), tokens)
+        return Flight(rows, exchange, sent_weights, weight_exchange, received_ids, local_experts, token, len(x), tokens)
 
-    def finish(self, flight: Flight, local_experts: int) -> tuple[Tensor, Tensor, Arrived]:
-        """Await the tokens and sort them: (rows [N, D] sorted by expert, counts [E / M], state of ``combine``)."""
+    def finish(self, flight: Flight) -> tuple[Tensor, Tensor, Arrived]:
+        """See ``ExchangeDispatcher``."""
         weights = flight.weight_exchange.wait(flight.weights)
         rows = flight.exchange.wait(flight.rows)
         ids = flight.experts.flatten()
-        counts = torch.bincount(ids, minlength=local_experts + 1)[:local_experts]
+        counts = torch.bincount(ids, minlength=flight.local_experts + 1)[: flight.local_experts]
         # Experts elsewhere have the highest number: they are sorted to the end, and cut off.
         order = ids.argsort(stable=True)[: int(counts.sum())]
         row = order // flight.experts.shape[1]
         return rows.index_select(0, row), counts, Arrived(flight, weights.flatten().index_select(0, order), row)
 
-    def dispatch(self, x: Tensor, routing: RouterOutput) -> tuple[Tensor, Tensor, Arrived]:
-        """See ``zoo.moe.dispatch.Dispatcher``; rows and counts are those of the experts of this rank."""
-        ranks = dist.get_world_size(self.expert_group)
-        return self.finish(self.start(x, routing), routing.scores.shape[-1] // ranks)
-
     def combine(self, rows: Tensor, state: Arrived) -> Tensor:
-        """See ``zoo.moe.dispatch.Dispatcher``. Both sums are taken in the dtype of the weights, fp32 at least."""
+        """See ``ExchangeDispatcher``. Both sums are taken in the dtype of the weights, fp32 at least."""
         flight, weights = state.flight, state.weights
         there = rows.new_zeros((len(flight.experts), rows.shape[1]), dtype=weights.dtype)
         there = there.index_add(0, state.row, rows.to(weights.dtype) * weights.unsqueeze(1))
@@ -123,7 +148,7 @@ class AllToAllDispatcher:
         returned = back.wait(back.start(there.to(rows.dtype)))
         out = returned.new_zeros((flight.slice_size, rows.shape[1]), dtype=weights.dtype)
         out = out.index_add(0, flight.token, returned.to(weights.dtype)).to(rows.dtype)
-        return out if self.tensor_group is None else gather_tokens(out, flight.tokens, self.tensor_group)
+        return self.unshare(out, flight.tokens)
 
 
 def forward_local_experts(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
@@ -141,13 +166,12 @@ def forward_local_experts(experts: Experts, rows: Tensor, counts: Tensor) -> Ten
 def forward_overlapped(moe: MoE, x: Tensor) -> tuple[Tensor, RouterOutput]:
     """``MoE.forward`` with the shared experts computed while the tokens travel. x [B, S, D]."""
     dispatcher, shared_experts = moe.dispatcher, moe.shared_experts
-    assert isinstance(dispatcher, AllToAllDispatcher) and shared_experts is not None
+    assert isinstance(dispatcher, ExchangeDispatcher) and shared_experts is not None
     tokens = x.flatten(0, 1)
     routing = moe.router(tokens)
     flight = dispatcher.start(tokens, routing)
     shared = shared_experts(x)
     if moe.shared_expert_gate is not None:
         shared = shared * moe.shared_expert_gate(x).sigmoid()
-    ranks = dist.get_world_size(dispatcher.expert_group)
-    rows, counts, state = dispatcher.finish(flight, routing.scores.shape[-1] // ranks)
+    rows, counts, state = dispatcher.finish(flight)
     return dispatcher.combine(moe.experts(rows, counts), state).view_as(x) + shared, routing

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Pools
-from training import LAYOUTS, MODELS, Layout, Result, make_parallel, whole
+from layouts import LAYOUTS, MODELS, Layout, Result, make_parallel, whole
+from pool import Pools
 
 from zoo.config import ModelSpec
 from zoo.families import expressible

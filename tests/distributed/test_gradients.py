@@ -1,0 +1,168 @@
+"""Norms, steps that all ranks skip, half precision, and what is communicated when."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from layouts import (
+    LAYOUTS,
+    PLAIN,
+    Layout,
+    Run,
+    batch,
+    make_parallel,
+    meshes_of,
+    micro_loss,
+    train_alone,
+    train_parallel,
+)
+from pool import Pools
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from zoo.parallel.apply import ParallelOptions, traffic
+from zoo.parallel.grads import all_finite, global_norm, set_last_micro_batch, sum_over_data
+from zoo.parallel.mesh import Meshes
+
+
+def backward(model: torch.nn.Module, meshes: Meshes, micro: int = 0) -> torch.Tensor:
+    ids, labels = batch(model.config.vocab_size, 0, meshes.data.get_local_rank(), micro)
+    loss, _ = micro_loss(model, ids, labels)
+    loss.backward()
+    return loss
+
+
+def norms(layout: Layout) -> tuple[float, float]:
+    model, meshes = make_parallel("deepseek-v3", layout)
+    backward(model, meshes)
+    gradients = [p.grad.full_tensor().flatten() for p in model.parameters()]
+    return global_norm(model.parameters()).item(), torch.cat(gradients).norm().item()
+
+
+@pytest.mark.parametrize("layout", ["tp2_ep2", "fsdp2_ep2", "hybrid2_ep2"])
+def test_the_norm_counts_every_parameter_once(pools: Pools, layout: str) -> None:
+    results = pools[4].run(norms, LAYOUTS[layout])
+    assert len(set(results)) == 1
+    ours, gathered = results[0]
+    assert ours == pytest.approx(gathered, rel=1e-12)
+
+
+def poisoned(layout: Layout, rank: int) -> tuple[bool, bool]:
+    """One rank's part of a parameter that tensor ranks hold copies of gets a NaN."""
+    model, meshes = make_parallel("mixtral", layout)
+    backward(model, meshes)
+    before = all_finite(global_norm(model.parameters()))
+    if torch.distributed.get_rank() == rank:
+        model.layers[0].ffn.router.weight.grad.to_local().fill_(float("nan"))
+    return before, all_finite(global_norm(model.parameters()))
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_all_ranks_agree_that_a_gradient_is_not_finite(pools: Pools, rank: int) -> None:
+    assert pools[4].run(poisoned, LAYOUTS["tp2_ep2"], rank) == [(True, False)] * 4
+
+
+def reductions(layout: Layout) -> list[int]:
+    """Gradient reductions in the backward pass of each of three micro-batches."""
+    model, meshes = make_parallel("mixtral", layout)
+    counts = []
+    for micro in range(3):
+        set_last_micro_batch(model, micro == 2)
+        with CommDebugMode() as comm:
+            backward(model, meshes, micro)
+        counts.append(sum(n for op, n in comm.get_comm_counts().items() if "reduce" in str(op)))
+    return counts
+
+
+def test_only_the_last_micro_batch_reduces_gradients(pools: Pools) -> None:
+    for first, second, last in pools[4].run(reductions, LAYOUTS["fsdp2_ep2"]):
+        assert (first, second) == (0, 0)
+        assert last == 2 * 2 + 1  # experts and the rest of each block, and the root
+
+
+def counts_of(layout: Layout) -> int:
+    meshes = meshes_of(layout)
+    return int(sum_over_data(torch.tensor(10 ** meshes.data.get_local_rank()), meshes))
+
+
+def test_sums_go_over_data_ranks_only(pools: Pools) -> None:
+    assert pools[4].run(counts_of, LAYOUTS["tp2_ep2"]) == [11] * 4
+    assert pools[4].run(counts_of, LAYOUTS["fsdp2_ep2"]) == [1111] * 4
+    assert pools[2].run(counts_of, LAYOUTS["tp2"]) == [1] * 2
+
+
+def dtypes(layout: Layout) -> tuple[set[torch.dtype], torch.dtype, torch.dtype]:
+    """(dtypes of gradients, of a projection's input, of the router weight in the forward pass)"""
+    model, meshes = make_parallel("deepseek-v3", layout, torch.float32, ParallelOptions(param_dtype=torch.bfloat16))
+    seen = {}
+    block = model.layers[1]
+    block.mixer.o_proj.register_forward_pre_hook(lambda m, args: seen.update(projection=args[0].dtype))
+    block.ffn.router.register_forward_pre_hook(lambda m, args: seen.update(router=m.weight.dtype))
+    backward(model, meshes)
+    assert all(isinstance(p.grad, DTensor) for p in model.parameters())
+    return {p.grad.dtype for p in model.parameters()}, seen["projection"], seen["router"]
+
+
+@pytest.mark.parametrize("layout", ["fsdp2_ep2", "tp2_ep2"])
+def test_half_precision_computes_in_bf16_and_reduces_in_fp32(pools: Pools, layout: str) -> None:
+    expected = ({torch.float32}, torch.bfloat16, torch.float32)
+    assert pools[4].run(dtypes, LAYOUTS[layout]) == [expected] * 4
+
+
+@pytest.mark.parametrize("layout", ["fsdp2_ep2", "tp2_ep2"])
+def test_half_precision_trains_close_to_single(pools: Pools, layout: str) -> None:
+    run = Run("mixtral", steps=3, dtype=torch.float32)
+    (result, *_) = pools[4].run(train_parallel, run, LAYOUTS[layout], ParallelOptions(param_dtype=torch.bfloat16))
+    np.testing.assert_allclose(result["loss"], train_alone(run, LAYOUTS[layout].data)["loss"], rtol=0.02)
+
+
+@pytest.mark.parametrize("layout", ["fsdp2_ep2", "tp2_ep2"])
+def test_single_precision_stays_within_its_rounding(pools: Pools, layout: str) -> None:
+    """fp32 within 1e-5; Adam divides by the root of tiny second moments, so that parameters are held by their steps."""
+    run = Run("mixtral", steps=1, dtype=torch.float32, max_norm=None)
+    expected = train_alone(run, LAYOUTS[layout].data)
+    for result in pools[4].run(train_parallel, run, LAYOUTS[layout], PLAIN):
+        for name, values in expected.items():
+            if not name.startswith("param/"):
+                np.testing.assert_allclose(result[name], values, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def sent_bytes(layout: Layout) -> tuple[list[int], int]:
+    """(bytes that this rank sent, forward only, of each MoE layer; row bytes that it should have sent)."""
+    model, meshes = make_parallel("deepseek-v3", layout)
+    ids, _ = batch(model.config.vocab_size, 0, meshes.data.get_local_rank(), 0)
+    with torch.no_grad():
+        (routing,) = model(ids).router_outputs
+    ranks, rank = meshes.expert.size(), meshes.expert.get_local_rank()
+    owner = routing.experts // (8 // ranks)
+    sent = [{int(o) for o in row} - {rank} for row in owner]
+    there = sum(map(len, sent))
+    # What this rank got from others, it sends back once weighted and summed.
+    back = torch.tensor([sum(other in row for row in sent) for other in range(ranks)])
+    received = torch.empty_like(back)
+    torch.distributed.all_to_all_single(received, back, group=meshes.expert.get_group())
+    top_k, width, size = routing.experts.shape[1], model.config.hidden_size, 8
+    return [t.sent for t in traffic(model)], there * (width * size + top_k * (size + 4)) + int(
+        received.sum()
+    ) * width * size
+
+
+@pytest.mark.parametrize("layout", [Layout("ep", 4, expert=4), Layout("ep_fsdp", 4, expert=2)], ids=["ep4", "ep2"])
+def test_a_token_is_sent_once_to_each_rank_and_the_bytes_are_counted(pools: Pools, layout: Layout) -> None:
+    for measured, expected in pools[4].run(sent_bytes, layout):
+        assert measured == [expected]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp2", "fsdp2_ep2", "tp2"])
+def test_compiled_blocks_train_as_eager_ones(pools: Pools, layout: str) -> None:
+    run = dataclasses.replace(Run("mixtral", steps=2))
+    expected = train_alone(run, LAYOUTS[layout].data)
+    for result in pools[LAYOUTS[layout].world].run(
+        train_parallel, run, LAYOUTS[layout], ParallelOptions(compile_backend="aot_eager")
+    ):
+        for name, values in expected.items():
+            np.testing.assert_allclose(result[name], values, rtol=1e-8, atol=1e-8, err_msg=name)
