@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
-from cycler import cycler
 
 matplotlib.use("Agg")
 
@@ -21,7 +21,6 @@ _STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": cycler(color=COLOURS),
     "figure.constrained_layout.use": True,
 }
 _SIZE = (5.2, 3.4)
@@ -35,21 +34,22 @@ def scores(report: Mapping[str, Any]) -> str:
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(_SIZE[0], 0.55 * len(names) + 1.2))
         models = report["models"]
-        for number, model in enumerate(models):
+        for number, (model, colour) in enumerate(zip(models, _cycle(len(models)), strict=True)):
             estimates = [model["scores"][name] for name in names]
             rows = [i + 0.6 * (number / max(len(models) - 1, 1) - 0.5) for i in range(len(names))]
             values, low, high = ([100 * e[key] for e in estimates] for key in ("value", "low", "high"))
             bounds = [
-                [v - b for v, b in zip(values, low, strict=True)],
-                [b - v for v, b in zip(values, high, strict=True)],
+                [max(0.0, v - b) for v, b in zip(values, low, strict=True)],
+                [max(0.0, b - v) for v, b in zip(values, high, strict=True)],
             ]
-            axes.errorbar(values, rows, xerr=bounds, fmt="o", markersize=4, capsize=2, label=model["name"])
+            axes.errorbar(
+                values, rows, xerr=bounds, fmt="o", markersize=4, capsize=2, color=colour, label=model["name"]
+            )
         guesses = [(i, models[0]["scores"][name]["guess"]) for i, name in enumerate(names)]
         known = [(i, 100 * guess) for i, guess in guesses if guess is not None]
         for i, guess in known:
-            axes.plot(
-                [guess, guess], [i - 0.4, i + 0.4], ":", color="grey", label="guessing" if i == known[0][0] else None
-            )
+            label = "guessing" if i == known[0][0] else None
+            axes.plot([guess, guess], [i - 0.4, i + 0.4], ":", color="grey", label=label)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set(xlabel="score, % (bars: 95% intervals)", xlim=(-2, 102))
@@ -108,8 +108,7 @@ def _cycle(number: int) -> list[str]:
 def _svg(figure: Figure, name: str) -> str:
     """The figure without XML prologue; ``name`` keeps the ids of several figures in one page apart."""
     buffer = io.StringIO()
-    with plt.rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text[text.index("<svg") :])

@@ -1,0 +1,100 @@
+"""A whole study in small: what it leaves, that it goes on where it stopped, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STUDY = """
+name: tiny
+data:
+  facts: {cities: 20, statements_per_fact: 2, questions_per_fact: 2, passages: 80, items: 8}
+  vocab_size: 512
+training:
+  steps: 4
+  batch_size: 2
+  sequence_length: 32
+  fit:
+    trainer: {log_every_n_steps: 2, val_check_interval: 2}
+  balance: {load_balance_coef: 0.01}
+models:
+  - name: sparse
+    base: mixtral-tiny
+    overrides:
+      hidden_size: 16
+      num_layers: 1
+      attention: {num_heads: 2, num_kv_heads: 1, head_dim: 8}
+      moe: {num_experts: 4, moe_intermediate_size: 16}
+  - name: dense
+    twin: {of: sparse, by: active}
+tasks:
+  knowledge: [facts_knowledge]
+  comprehension: [facts_boolq, facts_copa, facts_rte]
+limit: 6
+"""
+
+
+def compare(study: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "zoo.cli.main", "compare", str(study), "--out", str(out)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("study") / "tiny.yaml"
+    path.write_text(STUDY, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out")
+    result = compare(study, out)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+@pytest.mark.slow
+def test_a_study_runs_from_its_file_to_its_report(finished: Path) -> None:
+    report = json.loads((finished / "report.json").read_text(encoding="utf-8"))
+    sparse, dense = report["models"]
+    assert sparse["active_parameters"] == pytest.approx(dense["total_parameters"], rel=0.01)
+    assert sparse["scores"]["comprehension"]["items"] == 18 and sparse["scores"]["knowledge"]["items"] == 6
+    assert [sum(layer) for layer in sparse["expert_load"]] == [pytest.approx(1)]
+    for model in (sparse, dense):
+        assert model["perplexity"] > 1 and model["peak_memory_bytes"] > 2**20 and model["wall_seconds"] > 0
+        assert model["curves"][0]["train"] and model["curves"][0]["validation"]
+    assert report["comparisons"][0]["matched_by"] == "active"
+    assert (finished / "report.html").stat().st_size > 10_000 and (finished / "report.md").exists()
+
+
+@pytest.mark.slow
+def test_what_is_finished_is_not_done_again_and_what_is_missing_is(finished: Path, study: Path) -> None:
+    kept = [finished / "data" / "train.bin", *finished.glob("models/*/fit/final/model.safetensors")]
+    kept.append(finished / "models" / "sparse-seed0" / "measured.json")
+    missing = finished / "models" / "dense-seed0" / "measured.json"
+    scores = missing.read_text(encoding="utf-8")
+    missing.unlink()
+    times = [path.stat().st_mtime_ns for path in kept]
+    result = compare(study, finished)
+    assert result.returncode == 0, result.stderr
+    assert [path.stat().st_mtime_ns for path in kept] == times
+    assert missing.read_text(encoding="utf-8") == scores, "the same model scores the same"
+
+
+@pytest.mark.slow
+def test_another_study_and_foreign_files_are_left_alone(finished: Path, study: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(STUDY.replace("steps: 4", "steps: 5"), encoding="utf-8")
+    result = compare(other, finished)
+    assert result.returncode == 2 and "differs in training" in result.stderr
+    foreign = tmp_path / "mine"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("years of work", encoding="utf-8")
+    result = compare(study, foreign)
+    assert result.returncode == 2 and "no study" in result.stderr
+    assert [path.name for path in foreign.iterdir()] == ["thesis.tex"]

@@ -1,0 +1,98 @@
+"""Studies are read strictly, and their models follow from the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from zoo.accounting import count_parameters
+from zoo.harness.compare import Run, fit_config
+from zoo.harness.study import load_study, resolve_models
+
+QUICKSTART = Path("configs") / "studies" / "quickstart.yaml"
+
+
+@pytest.fixture
+def quickstart(repository: Path) -> dict[str, Any]:
+    content = OmegaConf.to_container(OmegaConf.load(repository / QUICKSTART))
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
+def saved(content: dict[str, Any], directory: Path) -> Path:
+    path = directory / "study.yaml"
+    OmegaConf.save(OmegaConf.create(content), path)
+    return path
+
+
+def test_twins_of_the_quickstart_match_their_sparse_model(repository: Path) -> None:
+    models = {m.name: m for m in resolve_models(load_study(repository / QUICKSTART), vocab_size=1000)}
+    sparse = count_parameters(models["sparse"].spec.model)
+    assert models["sparse"].spec.model.moe is not None
+    assert all(m.spec.model.vocab_size == 1000 and m.spec.name == m.name for m in models.values())
+    active, total = (count_parameters(models[f"dense-{by}"].spec.model) for by in ("active", "total"))
+    assert active.total == pytest.approx(sparse.active, rel=0.01)
+    assert total.total == pytest.approx(sparse.total, rel=0.01)
+
+
+def test_smoke_replaces_only_what_it_names(repository: Path) -> None:
+    whole, smoke = load_study(repository / QUICKSTART), load_study(repository / QUICKSTART, smoke=True)
+    assert smoke.training.tokens < whole.training.tokens / 50
+    assert smoke.training.fit["model"]["optimizer"] == whole.training.fit["model"]["optimizer"]
+    assert (smoke.models, smoke.tasks, smoke.seeds) == (whole.models, whole.tasks, whole.seeds)
+
+
+def test_models_are_trained_alike_but_for_the_balance_losses(repository: Path) -> None:
+    study = load_study(repository / QUICKSTART)
+    runs = [Run(model, 0, Path("out") / model.name) for model in resolve_models(study, 1000)]
+    configs = [fit_config(study, run, Path("data")) for run in runs]
+    for config in configs:
+        config["model"].pop("name")
+        config["trainer"].pop("default_root_dir")
+    sparse, *dense = configs
+    assert {key: sparse["model"].pop(key) for key in study.training.balance} == study.training.balance
+    assert dense == [sparse, sparse]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": 5}, "unknown key 'step'"),
+        ({"training": {"steps": 5, "batch_sise": 2, "sequence_length": 8}}, "did you mean 'batch_size'"),
+        ({"training": {"steps": 0, "batch_size": 2, "sequence_length": 8}}, "steps = 0"),
+        ({"data": {"facts": {}, "sources": ["a.txt"], "vocab_size": 300}}, "facts / sources: give exactly one"),
+        ({"data": {"facts": {}}}, "vocab_size / tokenizer: give exactly one"),
+        ({"tasks": {"knowledge": [], "comprehension": ["boolq"]}}, "knowledge: name at least one task"),
+        ({"seeds": [1, 1]}, r"seeds = \[1, 1\]"),
+        ({"models": [{"name": "a"}]}, "model 'a': give exactly one of base and twin"),
+        ({"models": [{"name": "../a", "base": "mixtral-tiny"}]}, "it names a directory"),
+        ({"models": [{"name": "a", "twin": {"of": "b", "by": "active"}}]}, "twin of 'b', which is not among"),
+        ({"models": [{"name": "a", "twin": {"of": "b", "by": "size"}}]}, "use one of 'active'"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_them(
+    quickstart: dict[str, Any], change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = saved({**quickstart, **change}, tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        load_study(path)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+def test_a_twin_of_a_twin_and_an_unknown_base_are_refused(quickstart: dict[str, Any], tmp_path: Path) -> None:
+    twice = {"name": "again", "twin": {"of": "dense-active", "by": "active"}}
+    study = load_study(saved({**quickstart, "models": [*quickstart["models"], twice]}, tmp_path))
+    with pytest.raises(ValueError, match="'dense-active' is a twin itself"):
+        resolve_models(study, 1000)
+    study = load_study(saved({**quickstart, "models": [{"name": "a", "base": "mixtral-tin"}]}, tmp_path))
+    with pytest.raises(ValueError, match="did you mean 'mixtral-tiny'"):
+        resolve_models(study, 1000)
+
+
+def test_smoke_needs_a_smoke_size(quickstart: dict[str, Any], tmp_path: Path) -> None:
+    quickstart.pop("smoke")
+    with pytest.raises(ValueError, match="no smoke size"):
+        load_study(saved(quickstart, tmp_path), smoke=True)
