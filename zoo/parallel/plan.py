@@ -8,7 +8,7 @@ parameter that two rules shard.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,7 @@ from typing import Literal
 from torch import nn
 
 from zoo.config import from_dict, load_yaml
+from zoo.moe.experts import Experts
 from zoo.parallel.mesh import MeshSizes
 from zoo.registry import configs_dir
 
@@ -139,6 +140,8 @@ def resolve(plan: Plan, model: nn.Module) -> ResolvedPlan:
             claim(name, rule.parameters)
             _check_dimensions(name, parameters[name].ndim, rule)
             experts[name] = rule
+    if experts:
+        _check_cover(experts.keys(), model)
     tensor: dict[str, Style] = {}
     for split in plan.tensor:
         for name in _matches(split.modules, modules, "module", split.optional):
@@ -151,6 +154,15 @@ def resolve(plan: Plan, model: nn.Module) -> ResolvedPlan:
         raise ValueError(f"plan: module {twice[0]!r} is a unit twice, in {', '.join(plan.units)}; remove one")
     full = [name for pattern in plan.full_precision for name in _matches(pattern, modules, "module", optional=True)]
     return ResolvedPlan(tuple(units), experts, tensor, tuple(full))
+
+
+def _check_cover(ruled: Set[str], model: nn.Module) -> None:
+    """Expert rules are for experts, and for all of them: a token must find each of its experts in one way."""
+    stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, Experts)]
+    owned = {name for prefix, module in stacks for name, _ in module.named_parameters(prefix=prefix)}
+    for name in sorted(ruled ^ owned):
+        fault = "is no parameter of experts" if name in ruled else "has no rule under experts, but others have"
+        raise ValueError(f"plan: {name!r} {fault}; make the rules match all experts and nothing else")
 
 
 def _check_dimensions(name: str, ndim: int, rule: ExpertRule) -> None:
