@@ -19,6 +19,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from zoo.files import write_text
+
 CONFIG_FILE = "zoo.yaml"
 """Name of the spec file inside a zoo checkpoint directory."""
 
@@ -396,4 +398,4 @@ def load_spec(path: str | Path) -> ModelSpec:
 
 def save_spec(spec: ModelSpec, path: str | Path) -> None:
     """Write ``spec`` as YAML that ``load_spec`` reads back equal."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(spec))), encoding="utf-8")
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(to_dict(spec))))

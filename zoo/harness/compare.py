@@ -25,9 +25,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from zoo.config import load_yaml, save_spec, to_dict
+from zoo.files import write_text
 from zoo.harness import facts
 from zoo.harness.facts.build import MIRROR, TRAINING_TEXT, VALIDATION_TEXT
-from zoo.harness.files import write_text
 from zoo.harness.study import Model, Study, resolve_models
 from zoo.tokenizer import Tokenizer
 

@@ -11,8 +11,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from zoo.cli.text import binary, short
+from zoo.files import write_text
 from zoo.harness import plots
-from zoo.harness.files import write_text
 from zoo.harness.headline import interval, percent, points
 
 Table = tuple[str, list[str], list[list[str]]]

@@ -23,6 +23,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.utils import handle_non_serializable, hash_string, sanitize_list
 
+from zoo.files import replacing
 from zoo.harness.lm import ZooLM
 from zoo.model import Decoder
 from zoo.registry import evaluation_dir
@@ -232,16 +233,8 @@ def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(path: Path, chunks: Iterator[str] | Sequence[str]) -> None:
-    """Write aside, flush to the disk, rename."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.rename(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.writelines(chunk.encode() for chunk in chunks)
 
 
 def summary_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -17,6 +17,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., size] → the same shape and dtype."""
-        # torch accumulates in fp32 for half precision and rounds once, at the end. Under autocast x may be narrower than
-        # the weight: it is widened, not the weight rounded.
+        # torch accumulates in fp32 for half precision and rounds once, at the end. Under autocast x may be narrower
+        # than the weight: it is widened, not the weight rounded.
         return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(x.dtype)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,8 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from zoo.files import replacing
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run directory that holds its training checkpoints."""
@@ -26,19 +26,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             OSError: the disk is full or not writable; nothing at ``path`` was touched.
         """
         path = Path(path)
-        aside = path.with_name(f".{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with aside.open("wb") as file:
+            with replacing(path) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-            _sync_directory(path.parent)
         except (OSError, RuntimeError) as error:
             # torch's zip writer reports a failed write as a RuntimeError of its own.
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
             reason = _cause(error)
             raise OSError(
                 f"{path}: cannot write the checkpoint: {reason}; earlier checkpoints are intact: make room and run the "
@@ -54,15 +47,6 @@ def _cause(error: BaseException) -> str:
             return seen.strerror
         seen = seen.__cause__ or seen.__context__
     return " ".join(str(error).split())
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make a rename in ``directory`` survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Checkpoint(ModelCheckpoint):

@@ -7,9 +7,8 @@ taken again. A line's ``step`` is the number of optimizer steps taken.
 from __future__ import annotations
 
 import csv
+import io
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from torch import Tensor
 
+from zoo.files import write_text
 from zoo.moe.stats import expert_load, load_entropy, max_over_mean
 from zoo.training.module import ZooModule
 
@@ -61,7 +61,7 @@ class _ContinuedWriter(ExperimentWriter):
         if path.exists():
             rows = [row for row in _read_rows(path) if int(row["step"]) <= step]
             self.metrics_keys = sorted({"step"}.union(*rows))
-            _replace(path, lambda file: _write_rows(file, self.metrics_keys, rows))
+            _write_rows(path, self.metrics_keys, rows)
 
     def _check_log_dir_exists(self) -> None:
         """Lightning's would delete the file."""
@@ -69,7 +69,7 @@ class _ContinuedWriter(ExperimentWriter):
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         path = Path(self.metrics_file_path)
         rows = _read_rows(path)
-        _replace(path, lambda file: _write_rows(file, fieldnames, rows))
+        _write_rows(path, fieldnames, rows)
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
@@ -78,20 +78,12 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if None not in row.values() and (row["step"] or "").isdigit()]
 
 
-def _write_rows(file: Any, fieldnames: list[str], rows: list[dict[str, str]]) -> None:
-    writer = csv.DictWriter(file, fieldnames=fieldnames)
+def _write_rows(path: Path, fieldnames: list[str], rows: list[dict[str, str]]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=fieldnames)
     writer.writeheader()
     writer.writerows(rows)
-
-
-def _replace(path: Path, write: Callable[[Any], None]) -> None:
-    """Let ``write`` fill a file beside ``path``, then put it in its place."""
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("w", newline="", encoding="utf-8") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    write_text(path, text.getvalue())
 
 
 class MetricsLog(Callback):
@@ -160,7 +152,7 @@ class ExpertLoad(Callback):
         path = Path(trainer.default_root_dir, LOAD_FILE)
         if trainer.is_global_zero and path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= self._last_step]
-            _replace(path, lambda file: file.writelines(f"{line}\n" for line in kept))
+            write_text(path, "".join(f"{line}\n" for line in kept))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -17,8 +17,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from omegaconf import OmegaConf
+
 import zoo
 from zoo.config import CONFIG_FILE, load_yaml
+from zoo.files import write_text
 from zoo.training.checkpoint import list_checkpoints
 
 RESUMABLE_CHANGES = ("data.num_workers", "trainer.max_time", "trainer.enable_progress_bar", "checkpoint.")
@@ -86,17 +89,14 @@ class RunDirectory:
             ValueError: the run was started with another config, and goes on from a checkpoint.
         """
         config_path = self.path / "config.yaml"
-        aside = self.path / ".config.yaml.partial"
-        aside.write_text(config, encoding="utf-8")
         if step > 0 and config_path.exists():
-            _check_unchanged(load_yaml(config_path), load_yaml(aside), config_path)
-        os.replace(aside, config_path)
+            now: Any = OmegaConf.to_container(OmegaConf.create(config))
+            _check_unchanged(load_yaml(config_path), now, config_path)
+        write_text(config_path, config)
         run_path = self.path / "run.json"
         starts = json.loads(run_path.read_text(encoding="utf-8"))["starts"] if step > 0 and run_path.exists() else []
         starts.append({"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, **environment()})
-        aside = self.path / ".run.json.partial"
-        aside.write_text(json.dumps({"seed": seed, "starts": starts}, indent=2) + "\n", encoding="utf-8")
-        os.replace(aside, run_path)
+        write_text(run_path, json.dumps({"seed": seed, "starts": starts}, indent=2) + "\n")
 
 
 def environment() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from zoo.files import sync
 from zoo.weights.source import INDEX_FILE, SINGLE_FILE
 
 if TYPE_CHECKING:
@@ -58,14 +59,14 @@ def new_directory(out: Path, replace: bool = False) -> Iterator[Path]:
         mask = _umask()
         for path in aside.iterdir():
             path.chmod(0o666 & ~mask)  # safetensors and mkdtemp make what only the owner can read
-            _sync(path)
+            sync(path)
         aside.chmod(0o777 & ~mask)
-        _sync(aside)
+        sync(aside)
         if replace:
             _swap(aside, target)
         else:
             aside.replace(target)
-        _sync(target.parent)
+        sync(target.parent)
     except SafetensorError as error:
         raise OSError(f"{out}: cannot be written ({error}); free some space; nothing was changed there") from None
     except OSError as error:
@@ -140,14 +141,6 @@ def _swap(aside: Path, out: Path) -> None:
         old.replace(out)
         raise
     shutil.rmtree(old)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _umask() -> int:

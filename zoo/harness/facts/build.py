@@ -3,11 +3,11 @@
 ``train.jsonl`` holds one short document a line, in an order fixed by the seed:
 
 - statements: every fact of the world, in each of its relation's wordings;
-- closed-book questions with their answers, for half of the facts;
+- closed-book questions with their answers, for a part of the facts;
 - passages with a question and its answer (``passages.py``).
 
-``hub/moe-zoo/facts/<config>`` holds the evaluation: ``knowledge`` asks the other half of the facts, which the training
-text only states, and ``boolq``, ``copa`` and ``rte`` hold passages that no training document shares a fact with.
+``hub/moe-zoo/facts/<config>`` holds the evaluation: ``knowledge`` asks for the other facts, which the training text
+only states, and ``boolq``, ``copa`` and ``rte`` hold passages that no training document shares a fact with.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from zoo.files import write_text
 from zoo.harness.facts.passages import TASKS, Inventor, as_text
 from zoo.harness.facts.world import ATTRIBUTION, Fact, World, load_world
-from zoo.harness.files import write_text
 
 DATASET = "moe-zoo/facts"
 TRAINING_TEXT = "train.jsonl"
@@ -42,8 +42,10 @@ class FactsConfig:
     cities_per_country: int = 20
     statements_per_fact: int = 40
     """How often each fact is stated, over all wordings."""
+    asked_fraction: float = 0.75
+    """Share of the facts whose question is asked and answered in the training text; the others are for evaluation."""
     questions_per_fact: int = 40
-    """How often each question of the asked half is asked and answered."""
+    """How often each of those questions is asked."""
     passages: int = 12_000
     """Training passages of each comprehension task."""
     items: int = 500
@@ -51,8 +53,10 @@ class FactsConfig:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name != "seed" and value < 1:
+            if name not in ("seed", "asked_fraction") and value < 1:
                 raise ValueError(f"{name} = {value}: give a positive number")
+        if not 0 < self.asked_fraction < 1:
+            raise ValueError(f"asked_fraction = {self.asked_fraction}: give a number between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Facts:
 def make(config: FactsConfig) -> Facts:
     """The data set that ``config`` describes; equal configs give equal data."""
     world = load_world(config.cities, config.cities_per_country)
-    asked, held_out = _halves(world, config.seed)
+    asked, held_out = _divide(world, config)
     inventor = Inventor(world, "train", config.seed)
     training = [
         *_statements(world.facts, config.statements_per_fact),
@@ -129,12 +133,12 @@ def guess_rates(directory: Path) -> dict[str, float]:
     return {f"facts_{name}": rate for name, rate in guesses.items()}
 
 
-def _halves(world: World, seed: int) -> tuple[list[Fact], list[Fact]]:
+def _divide(world: World, config: FactsConfig) -> tuple[list[Fact], list[Fact]]:
     """Facts whose questions are in the training text, and facts whose questions are kept for evaluation."""
     facts = list(world.facts)
-    random.Random(f"{seed}/halves").shuffle(facts)
-    middle = len(facts) // 2
-    return facts[:middle], facts[middle:]
+    random.Random(f"{config.seed}/divide").shuffle(facts)
+    asked = max(1, min(len(facts) - 1, round(len(facts) * config.asked_fraction)))
+    return facts[:asked], facts[asked:]
 
 
 def _statements(facts: Iterable[Fact], repetitions: int) -> Iterable[str]:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from zoo.files import sync
+
 
 @contextmanager
 def staging(out: Path) -> Iterator[Path]:
@@ -38,19 +40,11 @@ def staging(out: Path) -> Iterator[Path]:
 def commit(directory: Path, out: Path) -> None:
     """Make ``directory`` durable and give it its name, in place of data that is there already."""
     for path in [*directory.rglob("*"), directory]:
-        _fsync(path)
+        sync(path)
     replaced = out.parent / f".{out.name}.replaced"
     if out.exists() and any(out.iterdir()):
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(out, replaced)
     os.rename(directory, out)
-    _fsync(out.parent)
+    sync(out.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
