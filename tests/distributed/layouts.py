@@ -226,10 +226,12 @@ def train_alone(run: Run, data: int) -> Result:
 
 
 def make_parallel(
-    name: str, layout: Layout, dtype: torch.dtype = torch.float64, options: ParallelOptions = PLAIN
+    name: str, layout: Layout, dtype: torch.dtype = torch.float64, options: ParallelOptions = PLAIN, meta: bool = True
 ) -> tuple[Decoder, Meshes]:
-    """A tiny model in ``layout``, initialised on the meta device's way."""
+    """A tiny model in ``layout``: spread without memory and then filled, or built whole and then spread."""
     meshes = meshes_of(layout)
+    if not meta:
+        return parallelize(build(MODELS[name], 3, dtype), meshes, load_plan(layout.plan), options), meshes
     with torch.device("meta"):
         model = Decoder(MODELS[name]).to(dtype)
     parallelize(model, meshes, load_plan(layout.plan), options)

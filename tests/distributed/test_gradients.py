@@ -9,6 +9,7 @@ import pytest
 import torch
 from layouts import (
     LAYOUTS,
+    MODELS,
     PLAIN,
     Layout,
     Run,
@@ -18,11 +19,15 @@ from layouts import (
     micro_loss,
     train_alone,
     train_parallel,
+    whole,
 )
 from pool import Pools
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
+from zoo.model import build
+from zoo.moe.balance import load_balance_loss
+from zoo.moe.stats import expert_counts
 from zoo.parallel.apply import ParallelOptions, traffic
 from zoo.parallel.grads import all_finite, global_norm, set_last_micro_batch, sum_over_data
 from zoo.parallel.mesh import Meshes
@@ -92,6 +97,30 @@ def test_sums_go_over_data_ranks_only(pools: Pools) -> None:
     assert pools[4].run(counts_of, LAYOUTS["tp2_ep2"]) == [11] * 4
     assert pools[4].run(counts_of, LAYOUTS["fsdp2_ep2"]) == [1111] * 4
     assert pools[2].run(counts_of, LAYOUTS["tp2"]) == [1] * 2
+
+
+def balance_gradients(layout: Layout | None) -> dict[str, np.ndarray]:
+    """Of the load-balance loss over the global batch: on a rank of a layout, or of all rows on one process."""
+    if layout is None:
+        model, ranks, total = build(MODELS["mixtral"], seed=3, dtype=torch.float64), range(4), lambda x: x
+    else:
+        model, meshes = make_parallel("mixtral", layout)
+        ranks, total = [meshes.data.get_local_rank()], lambda x: sum_over_data(x, meshes)
+    ids = torch.cat([batch(model.config.vocab_size, 0, rank, 0)[0] for rank in ranks])
+    outputs = model(ids).router_outputs
+    counts = total(torch.stack([expert_counts(o) for o in outputs]))
+    tokens = torch.tensor(ids.numel())
+    (load_balance_loss(outputs, counts=list(counts)) * tokens / total(tokens)).backward()
+    return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("layout", [Layout("fsdp", 4), Layout("ep_fsdp", 4, expert=4)], ids=["fsdp4", "ep4"])
+def test_a_balance_loss_over_the_global_batch_does_not_depend_on_its_split(pools: Pools, layout: Layout) -> None:
+    expected = balance_gradients(None)
+    assert np.abs(expected["layers.1.ffn.router.weight"]).max() > 1e-4
+    for result in pools[4].run(balance_gradients, layout):
+        for name, gradient in expected.items():
+            np.testing.assert_allclose(result[name], gradient, rtol=1e-10, atol=1e-12, err_msg=name)
 
 
 def dtypes(layout: Layout) -> tuple[set[torch.dtype], torch.dtype, torch.dtype]:

@@ -25,7 +25,10 @@ def check(pools: Pools, run: Run, layout: Layout, options: ParallelOptions = PLA
     assert_equal(pools[layout.world].run(train_parallel, run, layout, options), alone(run, layout.data))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+DEFAULT = ["dp2", "fsdp2", "ep2", "tp2", "dp2_ep2", "fsdp2_ep2", "tp2_ep2"]
+
+
+@pytest.mark.parametrize("layout", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS])
 @pytest.mark.parametrize("model", ["mixtral", "deepseek-v3", "qwen2"])
 def test_layout_equals_one_process(pools: Pools, model: str, layout: str) -> None:
     check(pools, Run(model), LAYOUTS[layout])

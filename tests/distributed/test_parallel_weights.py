@@ -29,8 +29,8 @@ def files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def initial_state(name: str, layout: Layout) -> Result:
-    model, _ = make_parallel(name, layout, torch.float32)
+def initial_state(name: str, layout: Layout, meta: bool) -> Result:
+    model, _ = make_parallel(name, layout, torch.float32, meta=meta)
     for parameter in model.parameters():  # what a slice claims to be is what DTensor gathers it to
         assert np.array_equal(whole(parameter)[local_slices(parameter)], parameter.to_local().detach().numpy())
     return {key: whole(tensor) for key, tensor in model.state_dict().items()}
@@ -38,9 +38,10 @@ def initial_state(name: str, layout: Layout) -> Result:
 
 @pytest.mark.parametrize("layout", ["tp2_ep2", "fsdp2_ep2", "hybrid2_ep2"])
 @pytest.mark.parametrize("model", ["deepseek-v3", "qwen3"])
-def test_initial_weights_are_bit_equal_in_every_layout(pools: Pools, model: str, layout: str) -> None:
+@pytest.mark.parametrize("meta", [True, False], ids=["meta", "whole"])
+def test_initial_weights_are_bit_equal_in_every_layout(pools: Pools, model: str, layout: str, meta: bool) -> None:
     expected = build(MODELS[model], seed=3).state_dict()
-    for state in pools[4].run(initial_state, model, LAYOUTS[layout]):
+    for state in pools[4].run(initial_state, model, LAYOUTS[layout], meta):
         assert state.keys() == expected.keys()
         assert all(np.array_equal(state[key], tensor.numpy()) for key, tensor in expected.items())
 

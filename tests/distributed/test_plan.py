@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from layouts import MODELS
 from pool import Pools
 from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from zoo.config import MoEConfig, from_dict
 from zoo.model import Decoder
+from zoo.parallel.apply import parallelize
 from zoo.parallel.expert_parallel import most_destinations
 from zoo.parallel.mesh import MeshSizes, build_meshes
 from zoo.parallel.plan import Plan, TensorRule, load_plan, plan_names, resolve
@@ -194,3 +197,24 @@ def test_no_token_reaches_more_ranks_than_node_limited_routing_allows(
     allowed = [g * size + i for g in chosen_groups for i in range(size)]
     experts = data.draw(st.permutations(allowed))[: moe.top_k]
     assert len({e // (num_experts // ranks) for e in experts}) <= most_destinations(moe, ranks)
+
+
+def test_deepseek_v3_fits_its_ranks_without_any() -> None:
+    """671B parameters in the layout of tp 8, ep 64 over 2,048 ranks that exist in name only."""
+    dist.init_process_group("fake", store=FakeStore(), rank=1234, world_size=2048)
+    try:
+        plan = load_plan("tp_ep_fsdp")
+        meshes = build_meshes("cpu", plan.sizes(2048, tensor=8, expert=64))
+        with torch.device("meta"):
+            model = Decoder(find_spec("deepseek-v3").model)
+        parallelize(model, meshes, plan)
+        local = {name: p.to_local().numel() for name, p in model.named_parameters()}
+        whole = {name: p.numel() for name, p in model.named_parameters()}
+    finally:
+        dist.destroy_process_group()
+    assert sum(whole.values()) == 671_026_404_352
+    for name in whole:
+        if ".experts." in name:
+            assert local[name] * 2048 == whole[name]
+    # What tensor ranks hold copies of is 256 ways sharded: latent projections, embedding, head, routers.
+    assert sum(local.values()) < 1.05 * sum(whole.values()) / 2048

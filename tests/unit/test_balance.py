@@ -84,6 +84,16 @@ def test_row_3_sequence_scope_does_not_depend_on_the_micro_batch_split() -> None
         torch.testing.assert_close(grad, expected)
 
 
+def test_row_3_with_the_counts_of_the_whole_batch_the_split_does_not_matter() -> None:
+    logits = torch.randn(12, 4)
+    whole = load_balance_loss([routed(logits, 2)])
+    counts = [expert_counts(routed(logits, 2))]
+    parts = [(load_balance_loss([routed(part, 2)], counts=counts), len(part)) for part in logits.split([3, 7, 2])]
+    torch.testing.assert_close(sum(loss * tokens for loss, tokens in parts) / 12, whole)
+    with pytest.raises(ValueError, match="'sequence'"):
+        load_balance_loss([routed(logits, 2)], scope="sequence", counts=counts)
+
+
 def test_row_3_a_sequence_of_padding_does_not_count() -> None:
     out = routed(torch.tensor([[100.0, 0.0]] * 4), 1)
     mask = torch.tensor([[True, True], [False, False]])

@@ -20,6 +20,7 @@ def load_balance_loss(
     token_mask: Tensor | None = None,
     scope: Literal["micro_batch", "sequence"] = "micro_batch",
     batch_size: int = 1,
+    counts: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """E · Σᵢ fᵢ·Pᵢ, the mean over layers (Switch, arXiv 2101.03961, equations 4 to 6); 1 when perfectly balanced.
 
@@ -33,21 +34,28 @@ def load_balance_loss(
             (DeepSeek-V3, equations 17 to 20, with its 1/K in f). Only ``sequence`` does not depend on how a batch is
             split into micro-batches.
         batch_size: B; used where ``token_mask`` does not give it.
+        counts: one [E] a layer, assignments over a larger batch that this is a part of: f is then taken over that batch
+            (arXiv 2501.11873). The parts' losses, weighted with their tokens, have the mean that the whole has. Only
+            with ``scope="micro_batch"``.
 
     Returns:
         fp32 scalar with gradient to the router logits.
 
     Raises:
-        ValueError: no outputs: the model has no MoE layer.
+        ValueError: no outputs: the model has no MoE layer; counts with another scope.
     """
     if not outputs:
         raise ValueError("load_balance_loss: the model has no MoE layer; set its coefficient to 0")
+    if counts is not None and scope != "micro_batch":
+        raise ValueError(f"load_balance_loss: counts need scope micro_batch, not {scope!r}")
     rows = token_mask.shape[0] if token_mask is not None else batch_size
     groups = rows if scope == "sequence" else 1
-    return torch.stack([_layer_balance(o, token_mask, groups) for o in outputs]).mean()
+    given = [None] * len(outputs) if counts is None else counts
+    losses = [_layer_balance(o, token_mask, groups, c) for o, c in zip(outputs, given, strict=True)]
+    return torch.stack(losses).mean()
 
 
-def _layer_balance(output: RouterOutput, token_mask: Tensor | None, groups: int) -> Tensor:
+def _layer_balance(output: RouterOutput, token_mask: Tensor | None, groups: int, counts: Tensor | None) -> Tensor:
     num_experts, top_k = output.scores.shape[-1], output.experts.shape[-1]
     keep = _keep(output, token_mask).view(groups, -1, 1)
     probs = output.scores / output.scores.sum(dim=-1, keepdim=True)
@@ -56,6 +64,8 @@ def _layer_balance(output: RouterOutput, token_mask: Tensor | None, groups: int)
     mean_prob = (probs.view(groups, -1, num_experts) * keep).sum(dim=1) / tokens.clamp(min=1)
     chosen = F.one_hot(output.experts, num_experts).sum(dim=1).view(groups, -1, num_experts)
     fraction = (chosen * keep).sum(dim=1) / (top_k * tokens.clamp(min=1))
+    if counts is not None:
+        fraction = counts.to(fraction.dtype) / counts.sum().clamp(min=1)
     per_group = num_experts * (fraction.detach() * mean_prob).sum(dim=-1)
     return per_group.sum() / (tokens > 0).sum().clamp(min=1)
 

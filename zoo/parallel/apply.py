@@ -71,7 +71,8 @@ def parallelize(model: Decoder, meshes: Meshes, plan: Plan, options: ParallelOpt
     its sum, and scale gradients afterwards.
 
     Args:
-        model: On the meta device (then ``init.materialize`` it), or with the same weights on every rank.
+        model: On the meta device (then ``to_empty``, and ``init.initialize`` or ``weights.load_weights``), or with the
+            same weights on every rank.
         meshes: Of this world.
         plan: Where everything goes.
         options: Memory, speed and precision.

@@ -17,8 +17,8 @@ from zoo.parallel.mesh import Meshes
 def sum_over_data(value: Tensor, meshes: Meshes) -> Tensor:
     """Sum of ``value`` over the ranks with different batches, the same on all ranks.
 
-    For label counts, logged losses and the expert counts of loss-free balancing: tensor ranks route the same tokens,
-    and are not summed over.
+    For label counts, logged losses, and the expert counts of loss-free balancing and of a balance loss over the global
+    batch (``zoo.moe.balance``): tensor ranks route the same tokens, and are not summed over.
     """
     total = value.detach().clone()
     dist.all_reduce(total, group=meshes.data.get_group())
