@@ -57,13 +57,19 @@ class Run:
 
     @property
     def cost_file(self) -> Path:
-        """Wall time and peak memory, one line for each start of the training."""
+        """Wall time and peak memory, one line for each start of the training that ended by itself."""
         return self.directory / "cost.jsonl"
 
     @property
     def measured_file(self) -> Path:
         """Scores, perplexity and expert load."""
         return self.directory / "measured.json"
+
+    def costs(self) -> list[dict[str, float]]:
+        """What each start of the training took; none where the study was killed before it could be written down."""
+        if not self.cost_file.exists():
+            return []
+        return [json.loads(line) for line in self.cost_file.read_text(encoding="utf-8").splitlines()]
 
 
 def run_study(study: Study, out: Path, data_root: Path | None, notify: Notify) -> list[Run]:

@@ -28,9 +28,8 @@ _SIZE = (5.2, 3.4)
 
 
 def scores(report: Mapping[str, Any]) -> str:
-    """Scores with intervals, one group for each skill and task, and the guess rates."""
-    tasks = [task for skill in report["tasks"].values() for task in skill]
-    names = list(dict.fromkeys(["knowledge", "comprehension", *(tasks if len(tasks) > 2 else [])]))
+    """Scores with intervals and guess rates: each skill, and its tasks where it has several."""
+    names = [name for skill, tasks in report["tasks"].items() for name in (skill, *(tasks if len(tasks) > 1 else ()))]
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(_SIZE[0], 0.55 * len(names) + 1.2))
         models = report["models"]

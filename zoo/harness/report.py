@@ -110,15 +110,11 @@ def _sizes(report: Mapping[str, Any]) -> Table:
 
 def _costs(report: Mapping[str, Any]) -> Table:
     header = ["model", "wall time", "tokens a second", "peak memory"]
-    rows = [
-        [
-            model["name"],
-            f"{model['wall_seconds']:.0f} s",
-            f"{report['tokens'] / model['wall_seconds']:,.0f}",
-            binary(model["peak_memory_bytes"]),
-        ]
-        for model in report["models"]
-    ]
+    rows = []
+    for model in report["models"]:
+        seconds, memory = model["wall_seconds"], model["peak_memory_bytes"]
+        known = seconds and [f"{seconds:.0f} s", f"{report['tokens'] / seconds:,.0f}", binary(memory)]
+        rows.append([model["name"], *(known or ["–"] * 3)])
     return "Cost of training, start-up included", header, rows
 
 

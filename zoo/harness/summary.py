@@ -104,7 +104,7 @@ def _model(study: Study, model: Model, runs: Sequence[Run]) -> dict[str, Any]:
     measured = [json.loads(run.measured_file.read_text(encoding="utf-8")) for run in runs]
     parameters = count_parameters(model.spec.model)
     loss = float(np.mean([m["validation_loss"] for m in measured]))
-    costs = [[json.loads(line) for line in run.cost_file.read_text(encoding="utf-8").splitlines()] for run in runs]
+    costs = [run.costs() for run in runs]
     return {
         "name": model.name,
         "sparse": model.spec.model.moe is not None,
@@ -117,8 +117,8 @@ def _model(study: Study, model: Model, runs: Sequence[Run]) -> dict[str, Any]:
         "validation_loss": loss,
         "perplexity": math.exp(loss),
         "expert_load": np.mean([m["expert_load"] for m in measured], axis=0).tolist(),
-        "wall_seconds": float(np.mean([sum(start["wall_seconds"] for start in run) for run in costs])),
-        "peak_memory_bytes": max(start["peak_memory_bytes"] for run in costs for start in run),
+        "wall_seconds": float(np.mean([sum(start["wall_seconds"] for start in run) for run in costs])) or None,
+        "peak_memory_bytes": max((start["peak_memory_bytes"] for run in costs for start in run), default=None),
         "curves": [{"seed": run.seed, **read_curve(run.fit_directory / "metrics.csv")} for run in runs],
     }
 
