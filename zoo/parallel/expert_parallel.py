@@ -36,7 +36,7 @@ def most_destinations(moe: MoEConfig, expert_ranks: int) -> int:
     return min(moe.top_k, expert_ranks, reach)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Flight:
     """An exchange under way."""
 
@@ -126,7 +126,17 @@ class AllToAllDispatcher(ExchangeDispatcher):
         received_ids = id_exchange.wait(id_exchange.start(ids))
         sent_weights = weight_exchange.start(weights[token] * there)
         rows = exchange.start(x.index_select(0, token))
-        return Flight(rows, exchange, sent_weights, weight_exchange, received_ids, local_experts, token, len(x), tokens)
+        return Flight(
+            rows=rows,
+            exchange=exchange,
+            weights=sent_weights,
+            weight_exchange=weight_exchange,
+            experts=received_ids,
+            local_experts=local_experts,
+            token=token,
+            slice_size=len(x),
+            tokens=tokens,
+        )
 
     def finish(self, flight: Flight) -> tuple[Tensor, Tensor, Arrived]:
         """See ``ExchangeDispatcher``."""
