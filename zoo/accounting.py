@@ -123,7 +123,18 @@ def forward_flops(config: ModelConfig, sequence_length: int) -> float:
     weights = config.vocab_size * config.hidden_size
     for layer in range(config.num_layers):
         weights += parameters.layers[layer].active - _non_matmul(config)
-    return 2.0 * weights + _attention_flops(config, sequence_length) * config.num_layers
+    return 2.0 * weights + attention_flops(config, sequence_length) * config.num_layers
+
+
+def attention_flops(config: ModelConfig, sequence_length: int) -> float:
+    """Forward FLOPs per token and layer of scores (q·k) and of the weighted sum of values, keys and values expanded."""
+    if config.mla:
+        heads, window = config.mla.num_heads, None
+        sizes = config.mla.qk_nope_head_dim + config.mla.qk_rope_head_dim + config.mla.v_head_dim
+    else:
+        attention = _attention(config)
+        heads, window, sizes = attention.num_heads, attention.sliding_window, 2 * attention.head_dim
+    return 2.0 * heads * sizes * _mean_visible(sequence_length, window)
 
 
 def training_flops(config: ModelConfig, sequence_length: int) -> float:
@@ -211,17 +222,6 @@ def _non_matmul(config: ModelConfig) -> int:
     """Parameters of one layer that are added or multiplied element by element: norms and biases."""
     inside = _mla_vectors(config.mla) if config.mla else _attention_vectors(config.hidden_size, _attention(config))
     return 2 * config.hidden_size + inside
-
-
-def _attention_flops(config: ModelConfig, sequence_length: int) -> float:
-    """FLOPs per token and layer of scores (q·k) and of the weighted sum of values, keys and values expanded."""
-    if config.mla:
-        heads, window = config.mla.num_heads, None
-        sizes = config.mla.qk_nope_head_dim + config.mla.qk_rope_head_dim + config.mla.v_head_dim
-    else:
-        attention = _attention(config)
-        heads, window, sizes = attention.num_heads, attention.sliding_window, 2 * attention.head_dim
-    return 2.0 * heads * sizes * _mean_visible(sequence_length, window)
 
 
 def _mean_visible(sequence_length: int, window: int | None) -> float:

@@ -36,7 +36,7 @@ from zoo.parallel.expert_parallel import (
     forward_local_experts,
     forward_overlapped,
 )
-from zoo.parallel.mesh import Meshes
+from zoo.parallel.mesh import Meshes, MeshSizes
 from zoo.parallel.plan import Plan, ResolvedPlan, resolve
 
 
@@ -84,7 +84,7 @@ def parallelize(model: Decoder, meshes: Meshes, plan: Plan, options: ParallelOpt
         ValueError: the plan or the sizes do not fit the model.
     """
     rules = resolve(plan, model)
-    check_sizes(model.config, meshes, rules)
+    check_sizes(model.config, meshes.sizes, rules)
     _apply_expert(model, meshes, rules, options)
     _apply_tensor(model, meshes.tensor, rules)
     _apply_recompute(model, options.recompute)
@@ -94,9 +94,9 @@ def parallelize(model: Decoder, meshes: Meshes, plan: Plan, options: ParallelOpt
     return model
 
 
-def check_sizes(config: ModelConfig, meshes: Meshes, rules: ResolvedPlan) -> None:
+def check_sizes(config: ModelConfig, sizes: MeshSizes, rules: ResolvedPlan) -> None:
     """Raise ``ValueError`` where a size of the mesh does not divide what it splits."""
-    sizes, moe = meshes.sizes, config.moe
+    moe = config.moe
     wanted: list[tuple[str, int, str, int]] = []
     if moe is not None and rules.experts:
         wanted.append(("expert", sizes.expert, "num_experts", moe.num_experts))
