@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -84,6 +87,28 @@ def test_what_is_finished_is_not_done_again_and_what_is_missing_is(finished: Pat
     assert result.returncode == 0, result.stderr
     assert [path.stat().st_mtime_ns for path in kept] == times
     assert missing.read_text(encoding="utf-8") == scores, "the same model scores the same"
+
+
+@pytest.mark.slow
+def test_a_study_killed_while_training_goes_on_with_the_same_command(
+    study: Path, finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "zoo.cli.main", "compare", str(study), "--out", str(out)]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / "models" / "sparse-seed0" / "fit").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "report.json").exists()
+    result = compare(study, out)
+    assert result.returncode == 0, result.stderr
+    again, before = (
+        json.loads((place / "models" / "sparse-seed0" / "measured.json").read_text(encoding="utf-8"))
+        for place in (out, finished)
+    )
+    assert again == before
 
 
 @pytest.mark.slow
