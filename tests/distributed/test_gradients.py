@@ -22,6 +22,7 @@ from layouts import (
     whole,
 )
 from pool import Pools
+from torch._C._distributed_c10d import _get_work_registry_size
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -157,6 +158,17 @@ def test_single_precision_stays_within_its_rounding(pools: Pools, layout: str) -
         for name, values in expected.items():
             if not name.startswith("param/"):
                 np.testing.assert_allclose(result[name], values, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def unwaited(layout: Layout) -> int:
+    model, meshes = make_parallel("deepseek-v3", layout, options=ParallelOptions(recompute="block"))
+    for micro in range(2):
+        backward(model, meshes, micro)
+    return _get_work_registry_size()
+
+
+def test_recomputation_leaves_no_collective_behind(pools: Pools) -> None:
+    assert pools[4].run(unwaited, LAYOUTS["tp2_ep2"]) == [0] * 4
 
 
 @pytest.mark.slow

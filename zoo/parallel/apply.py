@@ -38,6 +38,7 @@ from zoo.parallel.expert_parallel import (
 )
 from zoo.parallel.mesh import Meshes, MeshSizes
 from zoo.parallel.plan import Plan, ResolvedPlan, resolve
+from zoo.parallel.torch_private import waited
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +171,7 @@ def _apply_tensor(model: Decoder, mesh: DeviceMesh, rules: ResolvedPlan) -> None
     if mesh.size() == 1:
         return
     styles: dict[str, ParallelStyle] = {}
+    rowwise: list[nn.Module] = []
     for name, style in rules.tensor.items():
         module = model.get_submodule(name)
         if style == "shared_key":
@@ -180,10 +182,13 @@ def _apply_tensor(model: Decoder, mesh: DeviceMesh, rules: ResolvedPlan) -> None
             styles[name] = ColwiseParallel()
         elif style == "rowwise":
             styles[name] = RowwiseParallel()
+            rowwise.append(module)
         elif any(True for _ in module.parameters()):
             # Heads take the place of the sequence: [B, S, H, d], sharded along H.
             styles[name] = SequenceParallel(sequence_dim=2, use_local_output=True)
     parallelize_module(model, mesh, styles)
+    for module in rowwise:
+        module.register_forward_hook(lambda module, args, out: waited(out))
 
 
 def _sum_key_gradient(mesh: DeviceMesh, size: int, module: nn.Module, args: Any, out: Tensor) -> Tensor:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
+from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -21,3 +25,23 @@ def local_slices(tensor: DTensor) -> tuple[slice, ...]:
     """Where the local part of ``tensor`` lies in the whole; empty slices on a rank that holds nothing."""
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def waited(tensor: Tensor) -> Tensor:
+    """``tensor`` once the collective that makes it has ended.
+
+    Recomputation stops as soon as it has what it wants: a result that nobody reads would never be waited for, and torch
+    would keep it for ever.
+    """
+    result: Tensor = _Waited.apply(tensor) if isinstance(tensor, AsyncCollectiveTensor) else tensor
+    return result
+
+
+class _Waited(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: AsyncCollectiveTensor) -> Tensor:
+        return tensor.wait()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
