@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from layouts import MODELS
+from layouts import MODELS, Layout, make_parallel
 from pool import Pools
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -172,6 +172,23 @@ def wrong_world() -> str:
 
 def test_sizes_must_fill_the_world(pools: Pools) -> None:
     assert "the run has 2 processes" in pools[2].run(wrong_world)[0]
+
+
+def misfit(name: str, layout: Layout) -> str:
+    with pytest.raises(ValueError) as caught:
+        make_parallel(name, layout)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "message"),
+    [
+        ("mixtral", Layout("tp_ep_fsdp", 4, tensor=4), "tensor = 4 ranks: num_kv_heads = 2"),
+        ("dense", Layout("ep", 4, expert=4), "'layers.*.ffn.experts.{gate_up,down}' matches no parameter"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_model_are_refused(pools: Pools, model: str, layout: Layout, message: str) -> None:
+    assert all(message in answer for answer in pools[4].run(misfit, model, layout))
 
 
 @given(st.integers(1, 3), st.integers(0, 3), st.integers(0, 3), st.integers(0, 4), st.data())
