@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from zoo.accounting import count_parameters
-from zoo.harness.compare import Run, fit_config
+from zoo.harness.compare import Run, fit_config, run_study
 from zoo.harness.study import load_study, resolve_models
 
 QUICKSTART = Path("configs") / "studies" / "quickstart.yaml"
@@ -90,6 +90,14 @@ def test_a_twin_of_a_twin_and_an_unknown_base_are_refused(quickstart: dict[str, 
     study = load_study(saved({**quickstart, "models": [{"name": "a", "base": "mixtral-tin"}]}, tmp_path))
     with pytest.raises(ValueError, match="did you mean 'mixtral-tiny'"):
         resolve_models(study, 1000)
+
+
+def test_an_unknown_task_is_named_before_anything_is_made(quickstart: dict[str, Any], tmp_path: Path) -> None:
+    tasks = {"knowledge": ["facts_knowlege"], "comprehension": ["facts_boolq"]}
+    study = load_study(saved({**quickstart, "tasks": tasks}, tmp_path))
+    with pytest.raises(ValueError, match="did you mean 'facts_knowledge'"):
+        run_study(study, tmp_path / "out", None, print)
+    assert not (tmp_path / "out").exists()
 
 
 def test_smoke_needs_a_smoke_size(quickstart: dict[str, Any], tmp_path: Path) -> None:

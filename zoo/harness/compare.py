@@ -81,13 +81,16 @@ def run_study(study: Study, out: Path, data_root: Path | None, notify: Notify) -
         notify: told what begins.
 
     Raises:
-        ValueError: ``out`` holds another study, or a run fails.
+        ValueError: an unknown model or task, ``out`` holds another study, or a run fails.
     """
+    from zoo.harness.runner import task_manager
+
     out = out.absolute()
+    # Mistakes in the study show before the first minute is spent on it.
+    models = resolve_models(study, study.data.vocab_size or Tokenizer.load(str(study.data.tokenizer)).vocab_size)
+    task_manager(study.tasks.all, None, None)
     _claim(study, out)
     data = _prepare_data(study, out, notify)
-    tokenizer = Tokenizer.load(data / "tokenizer")
-    models = resolve_models(study, tokenizer.vocab_size)
     runs = [Run(m, seed, out / "models" / f"{m.name}-seed{seed}") for seed in study.seeds for m in models]
     for number, run in enumerate(runs, start=1):
         position = f"[{number}/{len(runs)}] {run.model.name}, seed {run.seed}"

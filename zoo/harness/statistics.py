@@ -106,7 +106,8 @@ def _estimate(value: float, replicates: Array) -> Estimate:
 def gain_ratio(knowledge: Bootstrap, comprehension: Bootstrap, model: int, reference: int) -> Estimate | None:
     """Relative gain on knowledge divided by relative gain on comprehension.
 
-    The two sets of items are independent, so their resamples are combined as drawn. Returns ``None`` where the ratio
+    The two sets of items are independent, so their resamples, drawn with different seeds, are combined as they come.
+    Returns ``None`` where the ratio
     says nothing: a gain on comprehension whose interval holds zero makes its interval unbounded.
     """
     above = knowledge.relative_gain(model, reference)

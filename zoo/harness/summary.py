@@ -47,7 +47,7 @@ def summarise(study: Study, runs: Sequence[Run], out: Path, command: str) -> dic
     guesses = next(iter(measured.values()))["guess"]
     if study.data.facts is not None:
         guesses |= {task: rate for task, rate in guess_rates(out / "facts").items() if task in guesses}
-    boots = {skill: _bootstrap(scores, getattr(study.tasks, skill)) for skill in SKILLS}
+    boots = {skill: _bootstrap(scores, getattr(study.tasks, skill), seed) for seed, skill in enumerate(SKILLS)}
     by_task = {task: _bootstrap(scores, [task]) for task in study.tasks.all}
     comparisons = [
         _comparison(study, models, number, boots, by_task) for number, model in enumerate(models) if model.twin
@@ -79,9 +79,9 @@ def summarise(study: Study, runs: Sequence[Run], out: Path, command: str) -> dic
     return report | {"headline": sentences(report)}
 
 
-def _bootstrap(scores: Scores, tasks: Sequence[str]) -> Bootstrap:
-    """An item's score is its mean over the seeds."""
-    return bootstrap([np.mean(scores[task], axis=0) for task in tasks])
+def _bootstrap(scores: Scores, tasks: Sequence[str], seed: int = 0) -> Bootstrap:
+    """An item's score is its mean over the training seeds; ``seed`` is that of the resampling."""
+    return bootstrap([np.mean(scores[task], axis=0) for task in tasks], seed=seed)
 
 
 def _score(
