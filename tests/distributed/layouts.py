@@ -23,6 +23,7 @@ from zoo.parallel.apply import ParallelOptions, parallelize
 from zoo.parallel.grads import clip_gradients, global_norm, set_last_micro_batch, sum_over_data
 from zoo.parallel.mesh import Meshes, build_meshes
 from zoo.parallel.plan import load_plan
+from zoo.parallel.torch_private import gathered
 
 _BASE = {
     "vocab_size": 37,
@@ -203,7 +204,7 @@ def train(
 
 
 def whole(tensor: Tensor) -> np.ndarray:
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    full = gathered(tensor) if isinstance(tensor, DTensor) else tensor
     return full.detach().clone().numpy()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,23 @@ def local_slices(tensor: DTensor) -> tuple[slice, ...]:
     """Where the local part of ``tensor`` lies in the whole; empty slices on a rank that holds nothing."""
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def gathered(tensor: DTensor) -> Tensor:
+    """The whole of ``tensor``; every rank of its mesh calls it.
+
+    torch warns that splits along several mesh dimensions are gathered one after the other, once a process: that is so,
+    and nothing that the user could change.
+    """
+    level = _REDISTRIBUTE_LOG.level
+    _REDISTRIBUTE_LOG.setLevel(logging.ERROR)
+    try:
+        return tensor.full_tensor()
+    finally:
+        _REDISTRIBUTE_LOG.setLevel(level)
+
+
+_REDISTRIBUTE_LOG = logging.getLogger("torch.distributed.tensor._redistribute")
 
 
 def waited(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from zoo.config import CONFIG_FILE, ModelConfig, ModelSpec, load_spec
 from zoo.families import get_family
 from zoo.model import Decoder
-from zoo.parallel.torch_private import local_slices
+from zoo.parallel.torch_private import gathered, local_slices
 from zoo.weights.convert import open_published, open_zoo, write_published
 from zoo.weights.loading import checkpoint_directory, write_zoo
 from zoo.weights.ops import Region, Shape
@@ -109,7 +109,7 @@ def export(
 
 def _whole(tensor: Tensor) -> Tensor:
     """[...] on the CPU; every rank of the tensor's mesh calls it."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+    return (gathered(tensor) if isinstance(tensor, DTensor) else tensor).detach().cpu()
 
 
 def _write_on_first_rank(tensors: Named, write: Callable[[Named], None]) -> None:
