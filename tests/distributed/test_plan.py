@@ -72,6 +72,10 @@ def plan_from(**fields: object) -> Plan:
             {"experts": [{"parameters": "layers.*.ffn.experts.down", "expert": 0, "shard": 3}]},
             "shard = 3: 'layers.0.ffn.experts.down' has 3 dimensions",
         ),
+        (
+            {"experts": [{"parameters": "layers.*.ffn.experts.down", "expert": 1, "shard": 2}]},
+            "expert = 1: experts are stacked along dimension 0",
+        ),
         ({"experts": [{"parameters": "experts", "expert": 0, "shard": 2}]}, "'experts' matches no parameter"),
         ({"tensor": [{"modules": "layers.*", "style": "diagonal"}]}, "'diagonal'"),
         ({"shards": 2}, "unknown key 'shards'"),

@@ -169,6 +169,8 @@ def _check_dimensions(name: str, ndim: int, rule: ExpertRule) -> None:
     for field, dim in (("expert", rule.expert), ("shard", rule.shard)):
         if not 0 <= dim < ndim:
             raise ValueError(f"plan: {rule.parameters!r}: {field} = {dim}: {name!r} has {ndim} dimensions")
+    if rule.expert != 0:
+        raise ValueError(f"plan: {rule.parameters!r}: expert = {rule.expert}: experts are stacked along dimension 0")
     if rule.expert == rule.shard:
         raise ValueError(f"plan: {name!r} is sharded twice along dimension {rule.shard} by {rule.parameters!r}")
 
