@@ -7,16 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from layouts import LAYOUTS, MODELS, Layout, Result, make_parallel, whole
 from pool import Pools
 
 from zoo.config import ModelSpec
-from zoo.families import expressible
+from zoo.families import expressible, get_family
 from zoo.model import build
 from zoo.parallel.torch_private import local_slices
 from zoo.parallel.weights import export, load_weights, save_model
 from zoo.weights import export_checkpoint
 from zoo.weights import save_model as save_alone
+from zoo.weights.convert import parameter_shapes
 
 FOUR = [name for name, layout in LAYOUTS.items() if layout.world == 4]
 
@@ -108,3 +111,28 @@ def test_all_ranks_raise_what_the_writing_rank_raises(pools: Pools, tmp_path: Pa
     (tmp_path / "precious").write_text("mine")
     for message in pools[2].run(export_error, LAYOUTS["ep2"], tmp_path):
         assert "not a zoo checkpoint" in message
+
+
+@settings(deadline=None)
+@given(st.sampled_from(["per_expert", "fused"]), st.data())
+def test_a_box_of_a_parameter_is_made_of_its_own_numbers_only(layout: str, data: st.DataObject) -> None:
+    config = MODELS["deepseek-v3"]
+    shapes = parameter_shapes(config)
+    ops = get_family("deepseek_v3").weight_map(config, layout)
+    op = data.draw(st.sampled_from([op for op in ops if len(shapes[op.targets[0]]) > 1]))
+    shape = shapes[op.targets[0]]
+    sources = {name: torch.randn(op.source_shape(shape)) for name in op.sources}
+    ((_, full),) = op.to_zoo(sources.__getitem__)
+    region = []
+    for size in shape:
+        start = data.draw(st.integers(0, size - 1))
+        region.append(slice(start, data.draw(st.integers(start + 1, size))))
+    read = []
+
+    def read_region(name: str, box: tuple[slice, ...]) -> torch.Tensor:
+        read.append(sources[name][box].numel())
+        return sources[name][box]
+
+    part = op.region_to_zoo(tuple(region), shape, read_region)
+    assert torch.equal(part, full[tuple(region)])
+    assert sum(read) == part.numel()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import MODELS, Layout, make_parallel
 from pool import Pools
@@ -132,6 +132,7 @@ def test_the_expert_dimension_folds_over_tensor_then_data_ranks() -> None:
     assert (over_replicas.data_replicate, over_replicas.expert_shard, over_replicas.expert_replicate) == (8, 1, 2)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 64))
 def test_both_views_have_all_ranks(replicate: int, shard: int, tensor: int, expert: int) -> None:
     try:
@@ -195,6 +196,7 @@ def test_sizes_that_do_not_fit_the_model_are_refused(pools: Pools, model: str, l
     assert all(message in answer for answer in pools[4].run(misfit, model, layout))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3), st.integers(0, 3), st.integers(0, 3), st.integers(0, 4), st.data())
 def test_no_token_reaches_more_ranks_than_node_limited_routing_allows(
     group_size: int, groups_log: int, top_groups: int, ranks_log: int, data: st.DataObject
