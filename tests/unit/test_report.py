@@ -74,7 +74,10 @@ def test_a_clear_difference_is_stated_and_an_unclear_one_is_not_ranked(report: d
     assert "60.0%" in knowledge and "40.0%" in knowledge and "+20.0 points" in knowledge
     assert "no difference" not in knowledge
     assert "cannot tell from no difference" in comprehension
-    assert "not determined" in ratio
+    assert ratio.endswith("not determined, because the gain on comprehension cannot be told from zero.")
+    nothing = copy.deepcopy(report)
+    nothing["comparisons"][0]["scores"]["knowledge"]["relative_gain"] = None
+    assert sentences(nothing)[-1].endswith("not determined, because the dense model may score zero.")
 
 
 def test_a_dense_win_is_reported_as_it_is(report: dict[str, Any]) -> None:

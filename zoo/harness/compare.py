@@ -128,7 +128,7 @@ def _prepare_data(study: Study, out: Path, notify: Notify) -> Path:
     data = out / "data"
     if (data / "manifest.json").exists():
         return data
-    training, validation = [Source(location) for location in study.data.sources], []
+    training, validation = [Source(path, separator=study.data.separator) for path in study.data.sources], []
     if study.data.facts is not None:
         notify("making the embedded data set")
         facts.write(study.data.facts, out / "facts")

@@ -78,6 +78,10 @@ def _ratio(comparison: Mapping[str, Any]) -> str:
     subject = f"Relative gain on knowledge ÷ relative gain on comprehension, {pair}"
     ratio = comparison["gain_ratio"]
     if ratio is None:
-        return f"{subject}: not determined, because the gain on comprehension cannot be told from zero."
+        gains = [comparison["scores"][skill]["relative_gain"] for skill in ("knowledge", "comprehension")]
+        reason = (
+            "the dense model may score zero" if None in gains else "the gain on comprehension cannot be told from zero"
+        )
+        return f"{subject}: not determined, because {reason}."
     values = [f"{ratio[key]:.1f}".replace("-", "−") for key in ("value", "low", "high")]
     return f"{subject}: {values[0]} (95% interval {values[1]} to {values[2]})."

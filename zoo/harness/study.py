@@ -28,6 +28,8 @@ class DataConfig:
     """The embedded data set, made on the spot with its evaluation mirror."""
     sources: tuple[str, ...] = ()
     """Files and hub ids, as ``zoo data build`` takes them; one document in a hundred is held out for perplexity."""
+    separator: str | None = None
+    """What ends a document in ``.txt`` sources; by default a file is one document."""
     vocab_size: int | None = None
     """Train a tokenizer of this size on the training text."""
     tokenizer: str | None = None
