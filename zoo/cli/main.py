@@ -22,6 +22,7 @@ COMMANDS = {
     "compare": ("zoo.cli.compare", "train and evaluate the models of a study, write a report"),
     "match": ("zoo.cli.match", "find the dense twin of a sparse model"),
     "list": ("zoo.cli.list_", "list the models of the zoo"),
+    "plan": ("zoo.cli.plan", "how to spread a model over GPUs: memory, traffic and time of every layout"),
     "card": ("zoo.cli.card", "sizes and costs of a model, from its config alone"),
 }
 """Command → (module, one-line help). A module has ``add_arguments(parser)`` and ``run(args) -> int``; ``fit``, whose

@@ -1,0 +1,112 @@
+"""Bytes of activations that one rank keeps for the backward pass, block by block.
+
+Counted is what autograd saves in the forward pass of ``zoo.layers`` and ``zoo.moe`` on a GPU with a fused RMSNorm and a
+flash attention kernel. Routed rows are those of a balanced router. Per token, with b bytes an element (2 in bf16-mixed)
+and t tensor ranks:
+
+    norms       2 (b D + 4): their inputs, and an fp32 root mean square each
+    attention   b D + b d (2 H + 2 G) / t + 4 H / t: input; q, k, v and the output; an fp32 log-sum-exp.
+                With norms of q and k their inputs as well: b d (H + G) / t + 4 (H + G) / t
+    MLA         b (D + 2 q + 2 (r + p)) + b H (n + v + 2 (n + p) + v) / t + 4 H / t: the latents before and after their
+                norms; keys and values as expanded; q and k as put together; the output
+    dense FFN   b D + 4 b F / t: input; gate, silu, up and their product
+    MoE         b D + 4 D (the router's fp32 input, in bf16-mixed) + 8 E + 16 K: logits and scores; weights, indices
+                + K / t · (b D + 4 b F + 4 D): an expert's input, the inside of its FFN, its output widened to fp32
+                + 4 b F_shared / t, and b D where the shared experts are gated
+    head        2 b D + 4 + 12 V: final norm; logits, log-probabilities and their gradient
+
+Shapes: D model, F FFN, H query heads, G key/value heads, d head size, E experts, K top-k, V vocabulary; of MLA: q and r
+query and key-value latent, n, p and v sizes of a head without position, rotary, and of values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from zoo.config import AttentionConfig, MLAConfig, ModelConfig, MoEConfig
+
+Recompute = Literal["none", "experts", "block"]
+
+WIDE = 4
+"""Bytes of an fp32 element."""
+
+
+@dataclass(frozen=True)
+class BlockActivations:
+    """Bytes per token of one block."""
+
+    whole: float
+    """All that its backward pass needs."""
+    inside_experts: float
+    """The part of it that ``recompute: experts`` does not keep."""
+    input: float
+    """What ``recompute: block`` keeps."""
+
+    def kept(self, recompute: Recompute) -> float:
+        """Bytes that stay between the forward and the backward pass."""
+        if recompute == "block":
+            return self.input
+        return self.whole - (self.inside_experts if recompute == "experts" else 0)
+
+
+def block_activations(config: ModelConfig, layer: int, itemsize: int, tensor: int) -> BlockActivations:
+    """Activations of layer number ``layer`` (from 0), ``itemsize`` bytes an element, on ``tensor`` ranks."""
+    width = itemsize * config.hidden_size
+    if config.mla:
+        mixer = _mla(config.mla, itemsize, tensor)
+    else:
+        assert config.attention is not None
+        mixer = _attention(config.attention, itemsize, tensor)
+    common = 2 * (width + WIDE) + width + mixer
+    if not config.is_moe_layer(layer):
+        ffn = width + 4 * itemsize * config.intermediate_size / tensor
+        return BlockActivations(common + ffn, 0.0, width)
+    assert config.moe is not None
+    inside = config.moe.top_k / tensor * 4 * itemsize * config.moe.moe_intermediate_size
+    outside = _moe_without_experts(config.hidden_size, config.moe, itemsize, tensor)
+    return BlockActivations(common + outside + inside, inside, width)
+
+
+def head_activations(config: ModelConfig, itemsize: int) -> float:
+    """Bytes per token of the final norm, the logits and the loss, freed before any block goes backward."""
+    return 2 * itemsize * config.hidden_size + WIDE + 3 * WIDE * config.vocab_size
+
+
+def peak_activations(config: ModelConfig, tokens: int, itemsize: int, tensor: int, recompute: Recompute) -> float:
+    """Bytes at the fullest moment of a micro-batch of ``tokens`` tokens.
+
+    That is either the loss, or the backward pass of a block: its recomputed activations, and gradients that are taken
+    to be as large as its activations.
+    """
+    dense = config.moe.first_k_dense if config.moe else config.num_layers
+    blocks = [
+        (count, block_activations(config, layer, itemsize, tensor))
+        for layer, count in ((0, dense), (config.num_layers - 1, config.num_layers - dense))
+        if count
+    ]
+    kept = sum(count * block.kept(recompute) for count, block in blocks)
+    backward = max(2 * block.whole - block.kept(recompute) for _, block in blocks)
+    return tokens * (kept + max(head_activations(config, itemsize), backward))
+
+
+def _attention(a: AttentionConfig, itemsize: int, tensor: int) -> float:
+    both = a.num_heads + a.num_kv_heads
+    values = itemsize * a.head_dim * 2 * both + WIDE * a.num_heads
+    norms = (itemsize * a.head_dim + WIDE) * both if a.qk_norm else 0
+    return (values + norms) / tensor
+
+
+def _mla(m: MLAConfig, itemsize: int, tensor: int) -> float:
+    latents = 2 * (m.q_lora_rank or 0) + 2 * (m.kv_lora_rank + m.qk_rope_head_dim)
+    expanded = m.qk_nope_head_dim + m.v_head_dim
+    head = expanded + 2 * (m.qk_nope_head_dim + m.qk_rope_head_dim) + m.v_head_dim
+    return itemsize * latents + m.num_heads * (itemsize * head + WIDE) / tensor
+
+
+def _moe_without_experts(hidden_size: int, m: MoEConfig, itemsize: int, tensor: int) -> float:
+    width = itemsize * hidden_size
+    router = (WIDE * hidden_size if itemsize < WIDE else 0) + 2 * WIDE * m.num_experts + 4 * WIDE * m.top_k
+    rows = m.top_k / tensor * (width + WIDE * hidden_size)
+    shared = 4 * itemsize * m.num_shared_experts * m.moe_intermediate_size / tensor
+    return width + router + rows + shared + (width if m.shared_expert_gate else 0)

@@ -1,0 +1,235 @@
+"""What a layout needs of every GPU and how long a step takes: the model of memory and time.
+
+What is estimated is what ``zoo.parallel`` does with AdamW, uneven exchanges and no dropped tokens.
+
+Memory of a rank
+    Parameters, gradients and two Adam moments in fp32, sharded. Beside them the gathered parameters of two blocks (the
+    second is fetched ahead) and of the root, or of all where they stay gathered; gradients of one block and of the root
+    before they are reduced, in the dtype of the computation and as the fp32 copy that is reduced, or, when they are
+    accumulated over micro-batches, of the whole local model in fp32; and activations (``activations.py``). A GPU counts
+    as full at ``USABLE_MEMORY`` of its memory: CUDA, NCCL's buffers and fragmentation have the rest.
+
+Time of a step
+    compute    FLOPs of matrix products on this rank, recomputed ones included, over peak · efficiency. All that is
+               bound by memory (norms, rotary, routing, sorting) is charged to the efficiency.
+    exposed    Tensor-parallel collectives, the combine exchange, and what of the dispatch exchange is longer than the
+               shared experts, which are computed meanwhile.
+    hidden     Gathers and reductions of FSDP run beside the computation: they cost time only where the network is busy
+               for longer than compute and exposed communication take together.
+    optimizer  Seven fp32 numbers are read or written for a parameter: 28 bytes at the memory's bandwidth.
+
+    step = Σ over micro-batches of max(compute + exposed, all communication) + optimizer; reductions belong to the last.
+
+Every rank is taken to get equally many rows, and the host never to be late.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from zoo.accounting import FP32_BYTES, attention_flops, count_buffers, training_flops
+from zoo.config import ModelConfig
+from zoo.parallel.activations import Recompute, peak_activations
+from zoo.parallel.communication import (
+    Collective,
+    expert_exchanges,
+    gradient_reductions,
+    parameter_gathers,
+    tensor_collectives,
+)
+from zoo.parallel.footprint import COMPUTE_BYTES, Holdings, Precision, Units
+from zoo.parallel.hardware import Gpu
+from zoo.parallel.mesh import MeshSizes
+
+USABLE_MEMORY = 0.9
+EFFICIENCY = 0.5
+"""Share of the peak rate that a rank reaches while it computes. Whole runs, communication included, are published at
+0.38 to 0.43 (Llama 3 405B on H100, arXiv 2407.21783, table 4)."""
+ADAM_MOMENTS = 2
+ADAMW_BYTES = 28
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is trained, on what.
+
+    Attributes:
+        global_batch: Sequences of an optimizer step over all ranks.
+        efficiency: Share of the GPU's peak that matrix products reach.
+    """
+
+    config: ModelConfig
+    gpu: Gpu
+    gpus: int
+    sequence_length: int
+    global_batch: int
+    precision: Precision = "bf16-mixed"
+    efficiency: float = EFFICIENCY
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "sequence_length", "global_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: give a positive integer")
+        if not 0 < self.efficiency <= 1:
+            raise ValueError(f"efficiency = {self.efficiency}: give a share of the peak rate, above 0 and at most 1")
+        if self.sequence_length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"sequence_length = {self.sequence_length}: the model has positions up to "
+                f"{self.config.max_position_embeddings}; give at most that"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an optimizer step."""
+        return self.global_batch * self.sequence_length
+
+    @property
+    def peak_flops(self) -> float:
+        """FLOPs a second of one GPU in this precision."""
+        return self.gpu.fp32_flops if self.precision == "32-true" else self.gpu.bf16_flops
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A plan by name, and the sizes of its meshes."""
+
+    plan: str
+    sizes: MeshSizes
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is chosen within a layout."""
+
+    micro_batch: int
+    """Sequences that a data rank computes at once."""
+    micro_batches: int
+    """How many of them it accumulates for a step."""
+    recompute: Recompute
+    reshard: bool
+    """Whether gathered parameters are freed between the forward and the backward pass."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A layout with the setting that serves it best, and what they cost each rank."""
+
+    layout: Layout
+    setting: Setting
+    memory: dict[str, float]
+    """Bytes by purpose."""
+    sent: dict[str, float]
+    """Bytes that the rank sends in a step, by kind of collective."""
+    seconds: dict[str, float]
+    """``compute``, ``exposed`` and ``hidden`` communication, ``waiting`` for the hidden, and ``optimizer``."""
+
+    @property
+    def total_memory(self) -> float:
+        """Bytes at the fullest moment."""
+        return sum(self.memory.values())
+
+    @property
+    def step_seconds(self) -> float:
+        """Time of an optimizer step."""
+        return sum(self.seconds.values()) - self.seconds["hidden"]
+
+
+def estimate(
+    work: Workload, layout: Layout, units: Units, held: Holdings, setting: Setting, memory: dict[str, float]
+) -> Estimate:
+    """Collectives of a micro-batch and of a step, and their time beside that of the computation."""
+    config, sizes, precision, recompute = work.config, layout.sizes, work.precision, setting.recompute
+    tokens = setting.micro_batch * work.sequence_length
+    blocking = list(tensor_collectives(config, units, sizes, tokens, precision, recompute))
+    exchanges = list(expert_exchanges(config, sizes, tokens, precision, recompute))
+    gathers = list(parameter_gathers(units, sizes, precision, setting.reshard))
+    reductions = list(gradient_reductions(units, sizes))
+    sent: dict[str, float] = {}
+    for collectives, times in ((blocking + exchanges + gathers, setting.micro_batches), (reductions, 1)):
+        for collective in collectives:
+            sent[collective.kind] = sent.get(collective.kind, 0.0) + times * collective.sent
+
+    rate = work.peak_flops * work.efficiency
+    compute = tokens * rank_flops(config, units, sizes, work.sequence_length, recompute) / rate
+    shared = tokens * _shared_expert_flops(config, sizes, recompute) / rate
+    travel = _total(blocking + exchanges, work.gpu)
+    dispatch = _total((c for c in exchanges if c.kind == "all_to_all_dispatch"), work.gpu)
+    exposed = travel - min(dispatch, shared)
+    gather, reduction = _total(gathers, work.gpu), _total(reductions, work.gpu)
+    # By how much the network is busy for longer than the rest of a micro-batch takes, without and with reductions.
+    late = travel + gather - compute - exposed
+    seconds = {
+        "compute": setting.micro_batches * compute,
+        "exposed": setting.micro_batches * exposed,
+        "hidden": setting.micro_batches * gather + reduction,
+        "waiting": (setting.micro_batches - 1) * max(late, 0.0) + max(late + reduction, 0.0),
+        "optimizer": held.at_rest * ADAMW_BYTES / work.gpu.memory_bandwidth,
+    }
+    return Estimate(layout, setting, memory, {kind: size for kind, size in sent.items() if size}, seconds)
+
+
+def peak_memory(work: Workload, sizes: MeshSizes, held: Holdings, setting: Setting) -> dict[str, float]:
+    """Bytes by purpose on the fullest rank at its fullest moment."""
+    itemsize, tokens = COMPUTE_BYTES[work.precision], setting.micro_batch * work.sequence_length
+    parameters = held.at_rest * FP32_BYTES
+    gathered = 2 * held.block_bytes + held.root * itemsize if setting.reshard else held.gathered_bytes
+    if setting.micro_batches > 1:
+        unreduced = held.gathered * FP32_BYTES + held.block_bytes
+    else:
+        unreduced = (held.block + held.root) * (itemsize + FP32_BYTES)
+    return {
+        "parameters": parameters + count_buffers(work.config) * FP32_BYTES,
+        "gradients": parameters,
+        "optimizer": ADAM_MOMENTS * parameters,
+        "gathered parameters": gathered,
+        "unreduced gradients": unreduced,
+        "activations": peak_activations(work.config, tokens, itemsize, sizes.tensor, setting.recompute),
+    }
+
+
+def _total(collectives: Iterable[Collective], gpu: Gpu) -> float:
+    return sum(collective.seconds(gpu) for collective in collectives)
+
+
+def rank_flops(
+    config: ModelConfig, units: Units, sizes: MeshSizes, sequence_length: int, recompute: Recompute = "none"
+) -> float:
+    """FLOPs of one rank for each token of its data rank, forward and backward (which is twice the forward).
+
+    Tensor ranks share attention, what the plan splits, and the experts' rows; the rest each computes in full. With one
+    tensor rank and nothing recomputed it is ``zoo.accounting.training_flops``.
+    """
+    head = 2.0 * config.vocab_size * config.hidden_size
+    experts, dense = 0.0, config.num_layers * attention_flops(config, sequence_length) / sizes.tensor
+    for unit, count in units.items():
+        for weight in unit.weights if unit.kind != "root" else ():
+            if len(weight.shape) > 2:
+                assert config.moe is not None
+                share = config.moe.top_k / config.moe.num_experts / sizes.tensor
+                experts += count * 2.0 * math.prod(weight.shape) * share
+            elif len(weight.shape) == 2:
+                dense += count * 2.0 * weight.gathered(sizes)
+    again = {"none": 0.0, "experts": experts, "block": experts + dense}[recompute]
+    return 3 * (head + experts + dense) + again
+
+
+def _shared_expert_flops(config: ModelConfig, sizes: MeshSizes, recompute: Recompute) -> float:
+    """FLOPs per token of all shared experts, of as many passes as there are dispatch exchanges."""
+    if config.moe is None:
+        return 0.0
+    width = config.moe.num_shared_experts * config.moe.moe_intermediate_size
+    layers = sum(map(config.is_moe_layer, range(config.num_layers)))
+    return (4 if recompute == "block" else 3) * layers * 6.0 * config.hidden_size * width / sizes.tensor
+
+
+def utilisation(work: Workload, estimate: Estimate) -> float:
+    """Model FLOPs (nothing recomputed) of a step over what all GPUs could compute in its time."""
+    flops = training_flops(work.config, work.sequence_length) * work.tokens
+    return flops / (estimate.step_seconds * work.gpus * work.peak_flops)
+
+
+def gpu_hours_per_trillion(work: Workload, estimate: Estimate) -> float:
+    """GPU hours for 10¹² tokens."""
+    return 1e12 / work.tokens * estimate.step_seconds * work.gpus / 3600
