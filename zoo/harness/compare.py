@@ -13,7 +13,6 @@ Everything lands in one directory. What is finished there is not done again, so 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -35,6 +34,8 @@ Notify = Callable[[str], None]
 
 EVALUATION_BATCH = 64
 """Requests in one forward. Fixed, so that batching cannot make models differ."""
+
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -175,18 +176,17 @@ def _train(study: Study, run: Run, data: Path) -> None:
     save_spec(run.model.spec, run.directory / "model.yaml")
     config = run.directory / "fit.yaml"
     write_text(config, OmegaConf.to_yaml(OmegaConf.create(fit_config(study, run, data))))
-    began = time.monotonic()
+    began, peak = time.monotonic(), 0
     process = subprocess.Popen([sys.executable, "-m", "zoo.cli.main", "fit", "--config", str(config)])
     try:
-        _, status, usage = os.wait4(process.pid, 0)
+        while process.poll() is None:
+            peak = max(peak, _peak_memory(process.pid))
+            time.sleep(_POLL_SECONDS)
     except BaseException:
         process.terminate()
         process.wait()
         raise
-    process.returncode = os.waitstatus_to_exitcode(status)
-    # ru_maxrss is in KiB on Linux and in bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
-    cost = {"wall_seconds": time.monotonic() - began, "peak_memory_bytes": usage.ru_maxrss * unit}
+    cost = {"wall_seconds": time.monotonic() - began, "peak_memory_bytes": peak}
     with run.cost_file.open("a", encoding="utf-8") as file:
         file.write(json.dumps(cost) + "\n")
     if process.returncode != 0:
@@ -194,6 +194,18 @@ def _train(study: Study, run: Run, data: Path) -> None:
             f"{run.model.name}, seed {run.seed}: zoo fit --config {config} ended with exit code {process.returncode}; "
             "see above, then run the same command again to go on"
         )
+
+
+def _peak_memory(pid: int) -> int:
+    """Largest resident memory of a running process so far, in bytes; 0 where the system has no /proc.
+
+    Not getrusage's, which on Linux counts what the parent held when it started the process.
+    """
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -113,8 +113,8 @@ def _costs(report: Mapping[str, Any]) -> Table:
     rows = []
     for model in report["models"]:
         seconds, memory = model["wall_seconds"], model["peak_memory_bytes"]
-        known = seconds and [f"{seconds:.0f} s", f"{report['tokens'] / seconds:,.0f}", binary(memory)]
-        rows.append([model["name"], *(known or ["–"] * 3)])
+        timed = [f"{seconds:.0f} s", f"{report['tokens'] / seconds:,.0f}"] if seconds else ["–", "–"]
+        rows.append([model["name"], *timed, binary(memory) if memory else "–"])
     return "Cost of training, start-up included", header, rows
 
 
