@@ -88,8 +88,8 @@ def test_half_precision_trains_with_exact_selection_bias(fit_config: Path, tmp_p
     torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(fit_config: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"training loss = (nan|inf) at step (\d+)") as caught:
+def test_what_is_not_finite_stops_the_run_and_names_the_step(fit_config: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"training (loss|gradient norm) = (nan|inf) at step \d+") as caught:
         fit(["--config", str(fit_config), "--model.optimizer.lr", "1e30"])
     step = int(re.search(r"at step (\d+)", str(caught.value))[1])  # type: ignore[index]
     assert [int(row["step"]) for row in rows(tmp_path / "run")] == list(range(1, step))

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from zoo.files import replacing
+from zoo.parallel.checkpoint import load_alone, remove, unwritable
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run directory that holds its training checkpoints."""
@@ -32,21 +33,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:
             # torch's zip writer reports a failed write as a RuntimeError of its own.
-            reason = _cause(error)
-            raise OSError(
-                f"{path}: cannot write the checkpoint: {reason}; earlier checkpoints are intact: make room and run the "
-                "same command again to go on from the latest"
-            ) from error
+            raise unwritable(path, error) from error
 
-
-def _cause(error: BaseException) -> str:
-    """The operating system's reason where there is one, below whatever a library made of it."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.strerror:
-            return seen.strerror
-        seen = seen.__cause__ or seen.__context__
-    return " ".join(str(error).split())
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """A checkpoint of one process, or of several, put together."""
+        return load_alone(Path(path)) if Path(path).is_dir() else super().load_checkpoint(path, *args, **kwargs)
 
 
 class Checkpoint(ModelCheckpoint):
@@ -109,7 +100,7 @@ class Checkpoint(ModelCheckpoint):
             super().on_train_batch_end(trainer, pl_module, None, None, 0)
             if trainer.is_global_zero:
                 for old in list_checkpoints(Path(trainer.default_root_dir))[: -self.keep]:
-                    old.unlink()
+                    remove(old)
 
 
 def _validation_follows(trainer: Trainer) -> bool:

@@ -14,8 +14,12 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 
+from zoo.parallel import weights as parallel_weights
+from zoo.parallel.plan import plan_names
+from zoo.parallel.strategy import MoEParallelStrategy
 from zoo.training.checkpoint import AtomicCheckpointIO, Checkpoint, RandomState
 from zoo.training.data import TokenDataModule
 from zoo.training.data.store import TOKENIZER_DIR
@@ -71,6 +75,7 @@ class FitCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Checkpointing, and the seed of the weights."""
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_class_arguments(MoEParallelStrategy, "parallel", skip={"plan"}, instantiate=False)
         parser.link_arguments("seed_everything", "model.seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -95,7 +100,7 @@ class FitCLI(LightningCLI):
             raise ValueError("trainer.default_root_dir is missing: give the run directory, for example runs/tiny")
         if trainer.max_steps < 1:
             raise ValueError(f"trainer.max_steps = {trainer.max_steps}: give the number of optimizer steps")
-        self.run_directory = RunDirectory(trainer.default_root_dir)
+        self.run_directory = RunDirectory(trainer.default_root_dir, writes=getattr(rank_zero_only, "rank", 0) == 0)
 
     def instantiate_classes(self) -> None:
         """Make module, data and trainer."""
@@ -116,12 +121,32 @@ class FitCLI(LightningCLI):
         loggers = build_loggers(self.run_directory.path, self.run_directory.latest_step)
         try:
             return super().instantiate_trainer(
+                strategy=self._strategy(),
                 logger=[*loggers, *_listed(config.logger)],
                 callbacks=[*_listed(config.callbacks), *callbacks],
                 plugins=[*_listed(config.plugins), AtomicCheckpointIO()],
             )
         except MisconfigurationException as error:
             raise ValueError(f"trainer: {error}") from None
+
+    def _strategy(self) -> MoEParallelStrategy | str:
+        """What spreads the model, by the name of its plan; ``auto`` trains on one device, or copies it to several.
+
+        Raises:
+            ValueError: a strategy of another kind: it would sum neither labels nor expert counts.
+        """
+        config = self.config_init.trainer
+        name = config.strategy
+        several = config.devices not in (1, "1") or config.num_nodes > 1
+        if name == "auto" and not several:
+            return "auto"
+        if name == "auto":
+            name = "ddp"
+        if not isinstance(name, str) or (name not in plan_names() and not name.endswith((".yaml", ".yml"))):
+            raise ValueError(
+                f"trainer.strategy = {name}: give auto, {', '.join(plan_names())}, or the YAML file of a plan"
+            )
+        return MoEParallelStrategy(name, **self.config_init.parallel)
 
 
 def fit(argv: list[str]) -> int:
@@ -138,9 +163,10 @@ def fit(argv: list[str]) -> int:
         print(f"{run.path} is finished, its model is in {run.final}; train anew with another trainer.default_root_dir")
         return 0
     cli.model.check_vocabulary(cli.datamodule.tokenizer.vocab_size)
-    run.record(cli.parser.dump(cli.config, skip_unset=False), cli.config.seed_everything, run.latest_step)
     latest = run.latest_checkpoint
-    print(f"resuming {run.path} after step {run.latest_step}" if latest else f"training in {run.path}", flush=True)
+    if run.writes:
+        run.record(cli.parser.dump(cli.config, skip_unset=False), cli.config.seed_everything, run.latest_step)
+        print(f"resuming {run.path} after step {run.latest_step}" if latest else f"training in {run.path}", flush=True)
     try:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=latest, weights_only=True)
     except SystemExit as stop:
@@ -151,8 +177,10 @@ def fit(argv: list[str]) -> int:
     if cli.config.trainer.fast_dev_run:
         return 0
     assert cli.model.model is not None
-    save_model(cli.model.model, cli.model.spec, run.final, tokenizer_dir=cli.datamodule.data_dir / TOKENIZER_DIR)
-    print(f"trained model: {run.final}")
+    save = save_model if cli.model.parallel is None else parallel_weights.save_model
+    save(cli.model.model, cli.model.spec, run.final, tokenizer_dir=cli.datamodule.data_dir / TOKENIZER_DIR)
+    if run.writes:
+        print(f"trained model: {run.final}")
     return 0
 
 
@@ -210,5 +238,11 @@ def _quiet_libraries() -> None:
     """Leave standard error to the progress and to errors: no advertisements, no notes on what is set here anyway."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*exists and is not empty.*", ".*LeafSpec.*"):
+    for message in (
+        *(".*does not have many workers.*", ".*exists and is not empty.*", ".*LeafSpec.*"),
+        # The validation loss is summed over processes before it is logged.
+        ".*when logging on epoch level in distributed setting.*",
+        # One process reads a checkpoint of several.
+        ".*assuming the intent is to load in a single process.*",
+    ):
         warnings.filterwarnings("ignore", message=message)

@@ -6,7 +6,7 @@ Shapes: B batch, S sequence, V vocabulary, E experts, L MoE layers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from zoo.model import Decoder, DecoderOutput, build
 from zoo.moe.balance import load_balance_loss, z_loss
 from zoo.moe.router import Router, update_selection_bias
 from zoo.moe.stats import expert_counts
+from zoo.parallel.strategy import MoEParallelStrategy
 from zoo.registry import find_spec
 from zoo.training.data.packing import IGNORED, PADDING_DOCUMENT
 from zoo.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer
@@ -46,6 +47,10 @@ class StepSums:
 
     def __add__(self, other: StepSums) -> StepSums:
         return StepSums(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> StepSums:
+        """``function`` of every sum."""
+        return StepSums(*(function(getattr(self, f.name)) for f in dataclasses.fields(self)))
 
 
 class ZooModule(LightningModule):
@@ -127,11 +132,21 @@ class ZooModule(LightningModule):
                 f"ids; set it to at least {tokenizer_size}"
             )
 
+    @property
+    def parallel(self) -> MoEParallelStrategy | None:
+        """What spreads the model over processes; ``None`` where one process trains it."""
+        strategy = self._trainer.strategy if self._trainer is not None else None
+        return strategy if isinstance(strategy, MoEParallelStrategy) else None
+
     def configure_model(self) -> None:
         """Build or load the weights, once, where Lightning wants them."""
         if self.model is not None:
             return
-        if self.checkpoint is None:
+        if self.parallel is not None:
+            # Cast before it is spread: FSDP's buffers have the dtype that it found.
+            dtype = torch.bfloat16 if self.trainer.precision == "bf16-true" else torch.float32
+            self.model = self.parallel.build_model(self.spec.model, self.seed, self.checkpoint, dtype)
+        elif self.checkpoint is None:
             self.model = build(self.spec.model, self.seed)
         else:
             from zoo.weights import load
@@ -151,9 +166,13 @@ class ZooModule(LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Sum over the micro-batch's labels of the loss, fp32; ``on_before_optimizer_step`` makes it a mean."""
+        if self.parallel is not None:
+            assert self.model is not None
+            # Lightning's own flag: nothing public says which micro-batch is the last of a step.
+            self.parallel.set_last_micro_batch(self.model, not self.trainer.fit_loop._should_accumulate())
         sums = self.micro_batch_sums(self(batch), batch)
         loss = sums.nll + self.load_balance_coef * sums.load_balance + self.z_loss_coef * sums.z
-        detached = StepSums(*(getattr(sums, f.name).detach() for f in dataclasses.fields(sums)))
+        detached = sums.map(Tensor.detach)
         self.step_sums = detached if self.step_sums is None else self.step_sums + detached
         return loss
 
@@ -165,13 +184,34 @@ class ZooModule(LightningModule):
             zero = nll.new_zeros(())
             return StepSums(count, nll, zero, zero, count.new_zeros(0, 0))
         tokens = batch["document_ids"] != PADDING_DOCUMENT
+        counts = torch.stack([expert_counts(r, tokens) for r in routing])
+        per_token, per_balance, whole_counts = self._balance_weights(count, tokens, counts)
+        balance = load_balance_loss(routing, tokens, self.balance_scope, counts=whole_counts)
         return StepSums(
             labels=count,
             nll=nll,
-            load_balance=count * load_balance_loss(routing, tokens, self.balance_scope),
-            z=count * z_loss(routing, tokens),
-            expert_counts=torch.stack([expert_counts(r, tokens) for r in routing]),
+            load_balance=per_balance * balance,
+            z=per_token * z_loss(routing, tokens),
+            expert_counts=counts,
         )
+
+    def _balance_weights(
+        self, labels: Tensor, tokens: Tensor, counts: Tensor
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor] | None]:
+        """(weight of the z-loss, weight of the load-balance loss, counts that it is taken with).
+
+        With several processes a micro-batch is the rows of all data ranks, as one process would see it: this rank's
+        means are weighted with its share of the tokens (or of the sequences), and experts are counted over all.
+        """
+        if self.parallel is None:
+            return labels, labels, None
+        mine = torch.stack((labels, tokens.sum().float(), tokens.any(dim=1).sum().float()))
+        whole = self.parallel.sum_over_data(mine)
+        share = mine / whole.clamp(min=1)
+        per_token, per_sequence = whole[0] * share[1], whole[0] * share[2]
+        if self.balance_scope == "sequence":
+            return per_token, per_sequence, None
+        return per_token, per_token, list(self.parallel.sum_over_data(counts))
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Add the micro-batch to the validation loss, every label with the same weight."""
@@ -205,31 +245,40 @@ class ZooModule(LightningModule):
         """Turn the gradients of the summed loss into those of the mean, and collect the step's metrics.
 
         Raises:
-            ValueError: the loss is not finite; the parameters are still those of the step before.
+            ValueError: the loss or a gradient is not finite, on every rank alike; the parameters are still those of the
+                step before.
         """
-        sums = self.step_sums
+        parallel, sums = self.parallel, self.step_sums
         assert sums is not None
+        if parallel is not None:
+            sums = self.step_sums = sums.map(parallel.sum_over_data)
         labels = sums.labels.clamp(min=1)
         load_balance, z = sums.load_balance / labels, sums.z / labels
         lm_loss = sums.nll / labels
         loss = lm_loss + self.load_balance_coef * load_balance + self.z_loss_coef * z
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"training loss = {loss.item()} at step {self.global_step + 1}: the run is stopped before the update; "
-                "lower model.optimizer.lr, lengthen model.schedule.warmup_steps, or set trainer.gradient_clip_val"
-            )
+        self._check_finite("loss", loss)
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         # Lightning divided each micro-batch's sum by their number.
         for gradient in gradients:
             gradient.mul_(self.trainer.accumulate_grad_batches / labels)
+        norm = parallel.global_norm(self.parameters()) if parallel else torch.nn.utils.get_total_norm(gradients)
+        self._check_finite("gradient norm", norm)
         self.step_metrics = {
             "train/loss": loss,
             "train/lm_loss": lm_loss,
-            "train/grad_norm": torch.nn.utils.get_total_norm(gradients),
+            "train/grad_norm": norm,
             "train/lr": torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64),
         }
         if self.spec.model.moe:
             self.step_metrics |= {"train/load_balance_loss": load_balance, "train/z_loss": z}
+
+    def _check_finite(self, name: str, value: Tensor) -> None:
+        if not torch.isfinite(value):
+            raise ValueError(
+                f"training {name} = {value.item()} at step {self.global_step + 1}: the run is stopped before the "
+                "update; lower model.optimizer.lr, lengthen model.schedule.warmup_steps, or set "
+                "trainer.gradient_clip_val"
+            )
 
     def configure_gradient_clipping(
         self,
@@ -246,7 +295,10 @@ class ZooModule(LightningModule):
             raise ValueError("trainer.gradient_clip_algorithm = value: only norm is supported; remove it")
         if gradient_clip_val:
             norm = self.step_metrics["train/grad_norm"]
-            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
+            if self.parallel is None:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
+            else:
+                self.parallel.clip_gradients(self.parameters(), gradient_clip_val, norm)
 
     def optimizer_step(
         self,

@@ -59,7 +59,8 @@ class TrainingProgress(ProgressBar):
     ) -> None:
         """Count the micro-batch, and show the step if it is time to."""
         assert isinstance(pl_module, ZooModule)
-        self._tokens += batch["input_ids"].numel() * trainer.world_size
+        place = trainer.distributed_sampler_kwargs
+        self._tokens += batch["input_ids"].numel() * (place["num_replicas"] if place else 1)
         if trainer.global_step == self._last_step:
             return
         self._steps += 1

@@ -24,8 +24,14 @@ from zoo.config import CONFIG_FILE, load_yaml
 from zoo.files import write_text
 from zoo.training.checkpoint import list_checkpoints
 
-RESUMABLE_CHANGES = ("data.num_workers", "trainer.max_time", "trainer.enable_progress_bar", "checkpoint.")
-"""Keys (or their beginnings) that may differ when a run resumes: they do not change what it computes."""
+RESUMABLE_CHANGES = (
+    *("data.num_workers", "trainer.max_time", "trainer.enable_progress_bar", "checkpoint."),
+    *("trainer.accelerator", "trainer.strategy", "trainer.devices", "trainer.num_nodes"),
+    *("parallel.tensor", "parallel.expert", "parallel.replicate", "parallel.timeout", "parallel.recompute"),
+    *("parallel.overlap_shared_experts", "parallel.reshard_after_forward", "parallel.compile_backend"),
+)
+"""Keys (or their beginnings) that may differ when a run resumes: they do not change what it computes, except that sums
+over another number of processes are rounded differently."""
 
 LIBRARIES = ("torch", "lightning", "torchmetrics", "omegaconf", "jsonargparse", "safetensors", "numpy")
 
@@ -33,14 +39,19 @@ LIBRARIES = ("torch", "lightning", "torchmetrics", "omegaconf", "jsonargparse", 
 class RunDirectory:
     """A run directory that this process owns until it ends.
 
+    Args:
+        path: Made if it is not there.
+        writes: Of the processes of one run only the first owns the directory and ``writes``; the others read.
+
     Raises:
         ValueError: another process owns it.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, writes: bool = True) -> None:
         self.path = Path(path)
+        self.writes = writes
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = self._acquire()
+        self._lock = self._acquire() if writes else None
 
     def _acquire(self) -> IO[str]:
         """Take the lock. The system frees it when the process ends, however it ends, so that none is ever stale."""

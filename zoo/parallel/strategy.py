@@ -1,0 +1,201 @@
+"""The Lightning strategy: ``zoo fit`` on several devices, in any layout, from outside the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+
+from zoo.config import ModelConfig
+from zoo.model import Decoder
+from zoo.parallel import checkpoint as sharded
+from zoo.parallel import grads, init
+from zoo.parallel.apply import ParallelOptions, parallelize
+from zoo.parallel.mesh import Meshes, MeshSizes, build_meshes
+from zoo.parallel.plan import Plan, load_plan
+from zoo.parallel.weights import load_weights
+
+
+class MoEParallelStrategy(ModelParallelStrategy):
+    """Spreads a decoder over processes as a plan says: data, sharded data, expert and tensor parallelism.
+
+    The module asks it for its model (``build_model``), and for everything that is summed over ranks. Losses are summed
+    over tokens and divided by the global number of tokens, so that a step equals that of one process.
+
+    Args:
+        plan: ``ddp``, ``fsdp``, ``ep``, ``ep_fsdp``, ``tp_ep_fsdp``, or the path of a plan YAML.
+        tensor: Ranks that share a batch. By default 2 in a plan with rules for them, else 1.
+        expert: Ranks over which the experts are spread. By default as many as the world and the experts allow.
+        replicate: Data ranks that hold copies of what the others shard. By default all in ``ddp`` and ``ep``, else 1.
+        recompute: Whose activations are computed again in the backward pass.
+        capacity_factor: Bound on what an expert takes over its balanced load; by default nothing is dropped.
+        overlap_shared_experts: Compute shared experts while tokens travel.
+        reshard_after_forward: Free gathered parameters between forward and backward.
+        compile_backend: ``torch.compile`` every block with this backend.
+        timeout: Seconds after which a collective that some rank does not join is an error.
+    """
+
+    def __init__(
+        self,
+        plan: str = "fsdp",
+        *,
+        tensor: int | None = None,
+        expert: int | None = None,
+        replicate: int | None = None,
+        recompute: Literal["none", "experts", "block"] = "none",
+        capacity_factor: float | None = None,
+        overlap_shared_experts: bool = True,
+        reshard_after_forward: bool = True,
+        compile_backend: str | None = None,
+        timeout: float = 600.0,
+    ) -> None:
+        super().__init__(timeout=timedelta(seconds=timeout))
+        self.plan = load_plan(plan)
+        self._sizes = {"tensor": tensor, "expert": expert, "replicate": replicate}
+        self.options = ParallelOptions(
+            recompute=recompute,
+            compile_backend=compile_backend,
+            capacity_factor=capacity_factor,
+            overlap_shared_experts=overlap_shared_experts,
+            reshard_after_forward=reshard_after_forward,
+        )
+        self._meshes: Meshes | None = None
+
+    @property
+    def meshes(self) -> Meshes:
+        """The views of the ranks; there once the processes have met."""
+        assert self._meshes is not None
+        return self._meshes
+
+    def setup_environment(self) -> None:
+        """Let the processes meet, and make the meshes in place of Lightning's, which has no expert dimension.
+
+        Raises:
+            ValueError: sizes that do not fit the world or the model.
+        """
+        self._setup_distributed()
+        assert self.lightning_module is not None
+        config: Any = self.lightning_module.spec
+        sizes = choose_sizes(self.plan, config.model, self.world_size, **self._sizes)
+        self._meshes = build_meshes(self.root_device.type, sizes)
+        self._device_mesh = self._meshes.dense
+        self.lightning_module._device_mesh = self._meshes.dense
+
+    def build_model(self, config: ModelConfig, seed: int, source: Path | None, dtype: torch.dtype) -> Decoder:
+        """The spread decoder with the weights of ``seed`` or of the checkpoint ``source``; no rank ever holds it whole.
+
+        Raises:
+            ValueError: the plan or the sizes do not fit the model, or the checkpoint is of another one.
+        """
+        with torch.device("meta"):
+            model = Decoder(config).to(dtype)
+        parallelize(model, self.meshes, self.plan, self.options)
+        model.to_empty(device=self.root_device)
+        if source is None:
+            init.initialize(model, seed)
+        else:
+            load_weights(model, source)
+        return model
+
+    def sum_over_data(self, value: Tensor) -> Tensor:
+        """Sum over the ranks with different batches."""
+        return grads.sum_over_data(value, self.meshes)
+
+    def global_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """2-norm of all gradients; not finite on every rank where it is not finite on one."""
+        norm = grads.global_norm(parameters)
+        return norm if grads.all_finite(norm) else norm.new_full((), torch.nan)
+
+    def clip_gradients(self, parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> None:
+        """Scale all gradients so that their norm, now ``norm``, is at most ``max_norm``."""
+        grads.clip_gradients(parameters, max_norm, norm)
+
+    def set_last_micro_batch(self, model: nn.Module, last: bool) -> None:
+        """Reduce gradients in the next backward pass only if it is the ``last`` of the step."""
+        grads.set_last_micro_batch(model, last)
+
+    # -------------------------------------------------------------------------------------------------------------
+    # Checkpoints (``zoo.parallel.checkpoint``)
+    # -------------------------------------------------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """This rank's shards."""
+        assert self.model is not None
+        return dict(self.model.state_dict())
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """This rank's shards of the state by name of parameter, and the groups."""
+        return sharded.optimizer_state(_plain(optimizer), self._parameter_names())
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write a sharded checkpoint. Every rank calls it.
+
+        Raises:
+            OSError: on every rank, where one of them cannot write; earlier checkpoints are intact.
+        """
+        (optimizer,) = checkpoint["optimizer_states"]
+        tensors = {f"{sharded.MODEL}{name}": tensor for name, tensor in checkpoint["state_dict"].items()}
+        tensors |= {f"{sharded.OPTIMIZER}{name}": tensor for name, tensor in optimizer["state"].items()}
+        meta = {key: value for key, value in checkpoint.items() if key != "state_dict"}
+        meta["optimizer_states"] = [{"param_groups": optimizer["param_groups"]}]
+        sharded.save(Path(self.broadcast(str(filepath))), tensors, meta)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Fill model and optimizer from a checkpoint of any layout, or of one process. Every rank calls it.
+
+        Raises:
+            ValueError: the checkpoint is of another model.
+        """
+        assert self.model is not None
+        (optimizer,) = self.optimizers
+        path = Path(self.broadcast(str(checkpoint_path)))
+        found: dict[str, Any] = sharded.load(
+            path, dict(self.model.state_dict()), _plain(optimizer), self._parameter_names()
+        )
+        return found
+
+    def _parameter_names(self) -> dict[Tensor, str]:
+        assert self.model is not None
+        return {parameter: name for name, parameter in self.model.named_parameters()}
+
+
+def _plain(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer that Lightning may have wrapped."""
+    return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+def choose_sizes(
+    plan: Plan,
+    config: ModelConfig,
+    world: int,
+    *,
+    tensor: int | None = None,
+    expert: int | None = None,
+    replicate: int | None = None,
+) -> MeshSizes:
+    """Mesh sizes for ``world`` ranks; what is not given is chosen (``MoEParallelStrategy``).
+
+    Raises:
+        ValueError: sizes that do not fit the world.
+    """
+    if tensor is None:
+        tensor = 2 if plan.tensor and world > 1 else 1
+    if expert is not None or not plan.experts or config.moe is None:
+        return plan.sizes(world, tensor=tensor, expert=expert or 1, replicate=replicate)
+    # From the most ranks down; one always fits.
+    for ranks in range(world, 1, -1):
+        if world % ranks or config.moe.num_experts % ranks:
+            continue
+        try:
+            return plan.sizes(world, tensor=tensor, expert=ranks, replicate=replicate)
+        except ValueError:
+            continue
+    return plan.sizes(world, tensor=tensor, replicate=replicate)
