@@ -111,15 +111,13 @@ def test_the_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_ctrl_c_exits_130(tmp_path: Path) -> None:
-    """A command that waits (to write into a pipe that nobody reads) is interrupted."""
-    pipe = tmp_path / "twin.yaml"
+    """A command that waits (to read a pipe that nobody writes to) is interrupted."""
+    pipe = tmp_path / "study.yaml"
     os.mkfifo(pipe)
-    process = subprocess.Popen(
-        [*ZOO, "match", "mixtral-tiny", "--by", "total", "--out", str(pipe)], stderr=subprocess.PIPE, text=True
-    )
-    time.sleep(3)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=30)
+    process = subprocess.Popen([*ZOO, "compare", str(pipe), "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    with pipe.open("w"):  # returns when the command has opened it to read
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=30)
     assert (process.returncode, error) == (130, "zoo: interrupted\n")
 
 
