@@ -85,7 +85,7 @@ def tensor_collectives(
     A row-wise layer sums its output in the forward pass (and when it is recomputed), a column-wise one the gradient of
     its input in the backward pass, MLA the gradient of its rotary key (arXiv 1909.08053, section 3). In an MoE layer
     every rank dispatches its share of the tokens: results are gathered forward, gradients of the tokens and of their
-    weights backward. Sums of vectors are left out.
+    weights backward. Sums of vectors are left out. The sum at the end of a dense block is not recomputed in truth.
     """
     group = Group(sizes.tensor)
     if group.size == 1:
@@ -111,8 +111,7 @@ def tensor_collectives(
         layers = sum(map(config.is_moe_layer, range(config.num_layers)))
         others = (group.size - 1) * math.ceil(tokens / group.size)
         row, weights = config.hidden_size * itemsize, config.moe.top_k * FP32_BYTES
-        sent = others * ((again + 1) * row + weights)
-        yield Collective("all_gather_tokens", group, layers * sent, layers * (again + 2))
+        yield Collective("all_gather_tokens", group, layers * others * (2 * row + weights), layers * 3)
 
 
 def expert_exchanges(

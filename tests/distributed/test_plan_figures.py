@@ -1,0 +1,159 @@
+"""What real processes hold and send, against the planner's figures.
+
+Compared are bytes of parameters, gradients and moments, bytes of the all-to-alls, and the number of collectives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import pytest
+import torch
+from layouts import LAYOUTS, MODELS, Layout, micro_loss
+from pool import Pools
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from zoo.config import ModelConfig
+from zoo.model import Decoder
+from zoo.parallel import init
+from zoo.parallel.activations import Recompute
+from zoo.parallel.apply import ParallelOptions, parallelize, traffic
+from zoo.parallel.communication import (
+    Kind,
+    expert_exchanges,
+    gradient_reductions,
+    parameter_gathers,
+    tensor_collectives,
+)
+from zoo.parallel.estimate import Setting, Workload, peak_memory
+from zoo.parallel.footprint import Precision, holdings, resolve_units
+from zoo.parallel.hardware import find_gpu
+from zoo.parallel.mesh import MeshSizes, build_meshes
+from zoo.parallel.plan import load_plan
+
+WIDE = {"hidden_size": 64, "num_layers": 3, "vocab_size": 4096, "initializer_range": 0.01}
+ROWS, LENGTH = 16, 64
+DTYPES: dict[Precision, torch.dtype | None] = {"32-true": None, "bf16-mixed": torch.bfloat16}
+
+OPERATIONS: dict[Kind, str] = {
+    "all_gather_parameters": "all_gather",
+    "all_gather_tokens": "all_gather",
+    "reduce_scatter_gradients": "reduce_scatter",
+    "all_reduce_gradients": "all_reduce",
+    "all_reduce_tensor": "all_reduce",
+    "all_to_all_dispatch": "all_to_all",
+    "all_to_all_combine": "all_to_all",
+}
+NATIVE = {
+    "_allgather_base_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "allreduce_": "all_reduce",
+    "all_reduce": "all_reduce",
+    "alltoall_base_": "all_to_all",
+}
+"""torch's operation → kind of collective."""
+
+
+def config_of(name: str) -> ModelConfig:
+    """A model wide enough, and with embeddings different enough, for routers that are close to balanced."""
+    config = MODELS[name]
+    assert config.moe is not None
+    experts = {"mixtral": {"num_experts": 8}, "deepseek-v3": {"num_experts": 16}}.get(name, {"num_experts": 12})
+    return dataclasses.replace(config, **WIDE, moe=dataclasses.replace(config.moe, **experts))
+
+
+def sizes_of(layout: Layout) -> MeshSizes:
+    return load_plan(layout.plan).sizes(
+        layout.world, tensor=layout.tensor, expert=layout.expert, replicate=layout.replicate
+    )
+
+
+def measure(
+    config: ModelConfig, layout: Layout, precision: Precision, recompute: Recompute, reshard: bool
+) -> tuple[dict[str, int], int, dict[str, int]]:
+    """One step on one rank: (bytes at rest by purpose, bytes sent in all-to-alls, calls of collectives by name)."""
+    meshes = build_meshes("cpu", sizes_of(layout))
+    with torch.device("meta"):
+        model = Decoder(config)
+    options = ParallelOptions(param_dtype=DTYPES[precision], recompute=recompute, reshard_after_forward=reshard)
+    parallelize(model, meshes, load_plan(layout.plan), options)
+    model.to_empty(device="cpu")
+    init.initialize(model, seed=1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    generator = torch.Generator().manual_seed(meshes.data.get_local_rank())
+    ids = torch.randint(config.vocab_size, (ROWS, LENGTH), generator=generator)
+    with CommDebugMode() as mode:
+        loss, _ = micro_loss(model, ids, ids.roll(-1, 1))
+        loss.backward()
+    calls: Counter[str] = Counter()
+    for name, count in mode.get_comm_counts().items():
+        calls[NATIVE[str(name).rpartition(".")[2]]] += count
+    optimizer.step()
+    held: Counter[str] = Counter()
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        held["parameters"] += local_bytes(parameter)
+        held["gradients"] += local_bytes(parameter.grad)
+        state = optimizer.state[parameter]
+        held["optimizer"] += local_bytes(state["exp_avg"]) + local_bytes(state["exp_avg_sq"])
+    held["parameters"] += sum(buffer.nbytes for buffer in model.buffers())
+    return dict(held), sum(t.sent for t in traffic(model)), dict(calls)
+
+
+def local_bytes(tensor: torch.Tensor) -> int:
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local().nbytes
+
+
+CASES = [
+    ("mixtral", "dp2", "32-true", "none", True),
+    ("mixtral", "fsdp2", "bf16-mixed", "none", True),
+    ("mixtral", "dp2_ep2", "bf16-mixed", "block", False),
+    ("mixtral", "tp2_ep2", "32-true", "none", True),
+    ("deepseek-v3", "fsdp2_ep2", "bf16-mixed", "none", True),
+    ("deepseek-v3", "hybrid2_ep2", "32-true", "experts", True),
+    ("deepseek-v3", "tp2_ep4", "bf16-mixed", "block", True),
+    ("qwen2", "ep2", "bf16-mixed", "none", True),
+    ("qwen2", "tp2_ep2", "bf16-mixed", "none", False),
+]
+
+
+@pytest.mark.parametrize(("name", "layout", "precision", "recompute", "reshard"), CASES)
+def test_figures(
+    pools: Pools, name: str, layout: str, precision: Precision, recompute: Recompute, reshard: bool
+) -> None:
+    config, case = config_of(name), LAYOUTS[layout]
+    sizes, tokens = sizes_of(case), ROWS * LENGTH
+    results = pools[case.world].run(measure, config, case, precision, recompute, reshard)
+    units, _ = resolve_units(config, load_plan(case.plan), precision)
+    work = Workload(
+        config=config,
+        gpu=find_gpu("h100"),
+        gpus=case.world,
+        sequence_length=LENGTH,
+        global_batch=ROWS * sizes.data,
+        precision=precision,
+    )
+    memory = peak_memory(work, sizes, holdings(units, sizes, precision), Setting(ROWS, 1, recompute, reshard))
+    for purpose in ("parameters", "gradients", "optimizer"):
+        assert max(held[purpose] for held, _, _ in results) == memory[purpose], purpose
+
+    exchanges = list(expert_exchanges(config, sizes, tokens, precision, recompute))
+    measured = sum(sent for _, sent, _ in results) / len(results)
+    assert measured == pytest.approx(sum(c.sent for c in exchanges), rel=0.01)
+
+    planned: Counter[str] = Counter()
+    for collective in (
+        *exchanges,
+        *parameter_gathers(units, sizes, precision, reshard),
+        *gradient_reductions(units, sizes),
+        *tensor_collectives(config, units, sizes, tokens, precision, recompute),
+    ):
+        if collective.group.size > 1:
+            planned[OPERATIONS[collective.kind]] += int(collective.calls)
+    if recompute == "block" and sizes.tensor > 1 and config.moe is not None:
+        planned["all_reduce"] -= config.moe.first_k_dense  # the last sum of a dense block is not recomputed
+    for _, _, calls in results:
+        assert calls == planned
