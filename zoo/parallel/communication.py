@@ -107,7 +107,7 @@ def tensor_collectives(
             if features:
                 sent = 2 * (group.size - 1) / group.size * tokens * features * itemsize
                 yield Collective("all_reduce_tensor", group, times * sent, times)
-    if config.moe is not None:
+    if config.moe is not None and any(unit.kind == "experts" for unit in units):
         layers = sum(map(config.is_moe_layer, range(config.num_layers)))
         others = (group.size - 1) * math.ceil(tokens / group.size)
         row, weights = config.hidden_size * itemsize, config.moe.top_k * FP32_BYTES

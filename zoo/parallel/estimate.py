@@ -207,7 +207,7 @@ def rank_flops(
         for weight in unit.weights if unit.kind != "root" else ():
             if len(weight.shape) > 2:
                 assert config.moe is not None
-                share = config.moe.top_k / config.moe.num_experts / sizes.tensor
+                share = config.moe.top_k / config.moe.num_experts / (sizes.tensor if unit.kind == "experts" else 1)
                 experts += count * 2.0 * math.prod(weight.shape) * share
             elif len(weight.shape) == 2:
                 dense += count * 2.0 * weight.gathered(sizes)

@@ -159,5 +159,8 @@ def holdings(units: Units, sizes: MeshSizes, precision: Precision) -> Holdings:
             totals["root"] = gathered
         else:
             block[unit.kind] = max(block.get(unit.kind, (0, 0)), (gathered, size))
-    elements, sizes_in_bytes = (sum(column) for column in zip(*block.values(), strict=True))
-    return Holdings(**totals, block=elements, block_bytes=sizes_in_bytes)
+    return Holdings(
+        **totals,
+        block=sum(elements for elements, _ in block.values()),
+        block_bytes=sum(size for _, size in block.values()),
+    )
