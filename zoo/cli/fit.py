@@ -28,6 +28,11 @@ on what, how long:
   --model.optimizer.lr X             peak learning rate
   --model.schedule.shape SHAPE       cosine or wsd, with --model.schedule.warmup_steps N and .decay_steps N
 
+on several devices (docs/parallel.md):
+  --trainer.devices N                processes of this machine; the batch size counts the examples of all together
+  --trainer.strategy PLAN            ddp, fsdp, ep, ep_fsdp, tp_ep_fsdp, or the YAML file of a plan
+  --parallel.expert N                ranks over which the experts are spread, --parallel.tensor N that share a batch
+
 where to:
   --trainer.default_root_dir DIR     run directory; the trained model goes to DIR/final
   --trainer.log_every_n_steps N      steps between two lines of DIR/metrics.csv

@@ -19,6 +19,7 @@ from zoo.parallel import grads, init
 from zoo.parallel.apply import ParallelOptions, parallelize
 from zoo.parallel.mesh import Meshes, MeshSizes, build_meshes
 from zoo.parallel.plan import Plan, load_plan
+from zoo.parallel.supervise import Launcher, Watch
 from zoo.parallel.weights import load_weights
 
 
@@ -66,6 +67,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
             reshard_after_forward=reshard_after_forward,
         )
         self._meshes: Meshes | None = None
+        self._watch: Watch | None = None
 
     @property
     def meshes(self) -> Meshes:
@@ -86,6 +88,25 @@ class MoEParallelStrategy(ModelParallelStrategy):
         self._meshes = build_meshes(self.root_device.type, sizes)
         self._device_mesh = self._meshes.dense
         self.lightning_module._device_mesh = self._meshes.dense
+        if self.world_size > 1:
+            self._watch = Watch(self.global_rank, self.world_size)
+            self._watch.start()
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if not self.cluster_environment.creates_processes_externally:
+            self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Let the other ranks know; end this one where another rank is the reason."""
+        if self._watch is not None and isinstance(exception, Exception):
+            self._watch.fail(exception)
+
+    def teardown(self) -> None:
+        """End the watch over the other ranks."""
+        if self._watch is not None:
+            self._watch.end()
+        super().teardown()
 
     def build_model(self, config: ModelConfig, seed: int, source: Path | None, dtype: torch.dtype) -> Decoder:
         """The spread decoder with the weights of ``seed`` or of the checkpoint ``source``; no rank ever holds it whole.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from zoo.files import replacing
 from zoo.parallel.checkpoint import load_alone, remove, unwritable
+from zoo.parallel.supervise import REQUEUE
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run directory that holds its training checkpoints."""
@@ -43,6 +46,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class Checkpoint(ModelCheckpoint):
     """Saves the whole state of training every so many optimizer steps and keeps the newest.
 
+    On SIGTERM or SIGUSR1 to any process of the run it saves at the end of the step and ends all of them with the exit
+    code ``REQUEUE``: schedulers send these before they take a machine away.
+
     Args:
         every_n_steps: Optimizer steps between two checkpoints.
         keep: How many to keep; older ones are removed once a newer one is written.
@@ -67,6 +73,7 @@ class Checkpoint(ModelCheckpoint):
         self.keep = keep
         self._last_step = 0
         self._deferred = False
+        self._told_to_stop = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put the checkpoints into the run directory."""
@@ -74,8 +81,14 @@ class Checkpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Steps taken before this process are saved already."""
+        """Steps taken before this process are saved already. Signals are caught from here on."""
         self._last_step = trainer.global_step
+        # In place of Lightning's handlers, which communicate inside the handler. Lightning puts the old ones back.
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._stop)
+
+    def _stop(self, number: int, frame: Any) -> None:
+        self._told_to_stop = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -96,11 +109,17 @@ class Checkpoint(ModelCheckpoint):
             self._save_if_due(trainer, pl_module)
 
     def _save_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step % self.every_n_steps == 0:
-            super().on_train_batch_end(trainer, pl_module, None, None, 0)
+        due = trainer.global_step % self.every_n_steps == 0
+        stop = trainer.strategy.reduce_boolean_decision(self._told_to_stop, all=False)
+        if due or stop:
+            trainer.save_checkpoint(self.format_checkpoint_name({"step": torch.tensor(trainer.global_step)}))
             if trainer.is_global_zero:
                 for old in list_checkpoints(Path(trainer.default_root_dir))[: -self.keep]:
                     remove(old)
+        if stop:
+            if trainer.is_global_zero:
+                print(f"told to stop: saved step {trainer.global_step}; the same command goes on", file=sys.stderr)
+            raise SystemExit(REQUEUE)
 
 
 def _validation_follows(trainer: Trainer) -> bool:

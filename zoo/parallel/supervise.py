@@ -1,0 +1,136 @@
+"""A lost rank ends the others soon, with a message that names it, whatever they are waiting for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+REQUEUE = 75
+"""Exit code of a run that was told to stop and saved a checkpoint: EX_TEMPFAIL of sysexits.h, "try again"."""
+BEAT_SECONDS = 1.0
+PATIENCE_SECONDS = 15.0
+"""A rank that gives no sign of life for this long is lost."""
+GRACE_SECONDS = 5.0
+"""What a rank gets to end by itself, with an error of its own, before it is ended."""
+
+
+class Watch(threading.Thread):
+    """Tells the other ranks that this one lives, and looks after the next one.
+
+    The signs of life go through the store in which the processes met, on a connection of their own: a rank that waits
+    in a collective still gives them, and one that is gone does not. A rank that hangs is left to the timeout of the
+    process group.
+
+    Args:
+        rank: This one.
+        world: Number of ranks; rank ``rank + 1`` is looked after.
+    """
+
+    def __init__(self, rank: int, world: int) -> None:
+        super().__init__(daemon=True, name="rank-watch")
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        timeout = timedelta(seconds=PATIENCE_SECONDS)
+        store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+        # A restarted run may meet in the store of the run before it.
+        self._store = dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        self._rank, self._next = rank, (rank + 1) % world
+        self._ended = threading.Event()
+        self._lost = threading.Event()
+        self._message = ""
+
+    def run(self) -> None:
+        """Beat and look until this rank ends."""
+        beat, seen, changed = 0, b"", time.monotonic()
+        self._set(f"host/{self._rank}", f"process {os.getpid()} on {socket.gethostname()}")
+        while not self._ended.wait(BEAT_SECONDS) and not self._lost.is_set():
+            beat += 1
+            self._set(f"beat/{self._rank}", str(beat))
+            latest = self._get(f"beat/{self._next}")
+            if latest != seen or latest == b"ended":
+                seen, changed = latest, time.monotonic()
+            elif time.monotonic() - changed > PATIENCE_SECONDS:
+                host = self._get(f"host/{self._next}").decode()
+                self._set("lost", f"rank {self._next} ({host}) is gone: no sign of life for {PATIENCE_SECONDS:.0f} s")
+            self._note_loss(self._get("lost").decode())
+        if not self._ended.wait(GRACE_SECONDS):
+            end_process(self._message)
+
+    def end(self) -> None:
+        """This rank is about to end, as it should."""
+        if not self._ended.is_set():
+            self._ended.set()
+            self._set(f"beat/{self._rank}", "ended")
+
+    def fail(self, error: BaseException) -> None:
+        """This rank ends with ``error``; where the reason is another rank, that one is named and the process ended."""
+        communication = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+        if communication and self._lost.wait(PATIENCE_SECONDS + GRACE_SECONDS):
+            end_process(self._message)
+        if not self._lost.is_set():
+            text = " ".join(str(error).split()) or type(error).__name__
+            self._set("lost", f"rank {self._rank} failed: {text}")
+
+    def _note_loss(self, message: str) -> None:
+        if message:
+            self._message = message
+            self._lost.set()
+
+    def _set(self, key: str, value: str) -> None:
+        self._try(lambda: self._store.set(key, value))
+
+    def _get(self, key: str) -> bytes:
+        return self._try(lambda: self._store.get(key) if self._store.check([key]) else b"") or b""
+
+    def _try(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except RuntimeError:
+            self._note_loss("rank 0 is gone, or whoever holds the store in which the processes met: it does not answer")
+            return None
+
+
+class Launcher(_SubprocessScriptLauncher):
+    """Starts the other processes of this machine; if one of them is lost, names it and ends all.
+
+    Lightning's own ends them without a word.
+    """
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Start the others, then call ``function``."""
+        threads = os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // self.num_processes, 1)))
+        torch.set_num_threads(int(threads))
+        self._call_children_scripts()
+        threading.Thread(target=self._supervise, daemon=True, name="launcher").start()
+        return function(*args, **kwargs)
+
+    def _supervise(self) -> None:
+        while True:
+            time.sleep(BEAT_SECONDS / 2)
+            for rank, process in enumerate(self.procs, start=1):
+                if process.poll() not in (None, 0, REQUEUE):
+                    # Where all ranks fail alike, this process ends with the error itself.
+                    time.sleep(GRACE_SECONDS)
+                    self.kill(signal.SIGKILL)
+                    end_process(f"rank {rank} (process {process.pid}) {_ending(process.returncode)}")
+
+
+def _ending(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def end_process(message: str) -> NoReturn:
+    """Say why and end at once, without waiting for any thread, collective or exit handler."""
+    print(f"zoo: error: {message}; run the same command again to go on from the latest checkpoint", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(1)
