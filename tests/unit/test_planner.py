@@ -170,7 +170,7 @@ def test_activations_are_what_autograd_saves(name: str) -> None:
     elif config.attention.qk_norm:
         latents = (config.attention.num_heads + config.attention.num_kv_heads) * config.attention.head_dim
     layers, width = config.num_layers, config.hidden_size
-    blocks = sum(block_activations(config, layer, 4, 1).whole for layer in range(layers))
+    blocks = sum(block_activations(config, layer, 4, MeshSizes()).whole for layer in range(layers))
     normalised = 4 * ((2 * layers + 1) * width + layers * latents)
     ids = torch.randint(config.vocab_size, (2, 128))
     expected = ids.numel() * (blocks + 4 * 2 * width + 4 + normalised)
@@ -179,7 +179,7 @@ def test_activations_are_what_autograd_saves(name: str) -> None:
 
 def test_a_dense_block_by_hand() -> None:
     """Llama 3 8B in bf16: D 4096, 32 query and 8 key heads of 128, F 14336."""
-    block = block_activations(find_spec("llama-3-8b").model, 0, 2, 1)
+    block = block_activations(find_spec("llama-3-8b").model, 0, 2, MeshSizes())
     norms, attention, ffn = 2 * (8192 + 4), 8192 + 2 * 128 * 2 * 40 + 4 * 32, 8192 + 4 * 2 * 14336
     assert block.whole == norms + attention + ffn
     assert block.kept("block") == 8192
@@ -188,10 +188,10 @@ def test_a_dense_block_by_hand() -> None:
 
 @pytest.mark.parametrize("config", [MIXTRAL, DEEPSEEK], ids=["mixtral", "deepseek"])
 def test_recomputing_more_keeps_less(config: ModelConfig) -> None:
-    peaks = [peak_activations(config, 4096, 2, 1, recompute) for recompute in ("none", "experts", "block")]
+    peaks = [peak_activations(config, 4096, 2, MeshSizes(), recompute) for recompute in ("none", "experts", "block")]
     assert peaks == sorted(peaks, reverse=True)
-    assert peak_activations(config, 4096, 2, 4, "none") < peaks[0]
-    assert peak_activations(config, 8192, 2, 1, "block") == 2 * peaks[2]
+    assert peak_activations(config, 4096, 2, MeshSizes(tensor=4), "none") < peaks[0]
+    assert peak_activations(config, 8192, 2, MeshSizes(), "block") == 2 * peaks[2]
 
 
 # ---------------------------------------------------------------------------------------------------------------

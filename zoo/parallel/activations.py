@@ -13,6 +13,7 @@ and t tensor ranks:
     MoE         b D + 4 D (the router's fp32 input, in bf16-mixed) + 8 E + 16 K: logits and scores; weights, indices
                 + K / t · (b D + 4 b F + 4 D): an expert's input, the inside of its FFN, its output widened to fp32
                 + 4 b F_shared / t, and b D where the shared experts are gated
+                Where tokens travel to M ranks each: 4 D (K + M) / t, weighted rows and returned rows in fp32
     head        2 b D + 4 + 12 V: final norm; logits, log-probabilities and their gradient
 
 Shapes: D model, F FFN, H query heads, G key/value heads, d head size, E experts, K top-k, V vocabulary; of MLA: q and r
@@ -22,11 +23,11 @@ query and key-value latent, n, p and v sizes of a head without position, rotary,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from zoo.config import AttentionConfig, MLAConfig, ModelConfig, MoEConfig
-
-Recompute = Literal["none", "experts", "block"]
+from zoo.parallel.communication import mean_destinations
+from zoo.parallel.footprint import Recompute
+from zoo.parallel.mesh import MeshSizes
 
 WIDE = 4
 """Bytes of an fp32 element."""
@@ -50,8 +51,9 @@ class BlockActivations:
         return self.whole - (self.inside_experts if recompute == "experts" else 0)
 
 
-def block_activations(config: ModelConfig, layer: int, itemsize: int, tensor: int) -> BlockActivations:
-    """Activations of layer number ``layer`` (from 0), ``itemsize`` bytes an element, on ``tensor`` ranks."""
+def block_activations(config: ModelConfig, layer: int, itemsize: int, sizes: MeshSizes) -> BlockActivations:
+    """Activations of layer number ``layer`` (from 0), ``itemsize`` bytes an element, per token of the data rank."""
+    tensor = sizes.tensor
     width = itemsize * config.hidden_size
     if config.mla:
         mixer = _mla(config.mla, itemsize, tensor)
@@ -64,7 +66,7 @@ def block_activations(config: ModelConfig, layer: int, itemsize: int, tensor: in
         return BlockActivations(common + ffn, 0.0, width)
     assert config.moe is not None
     inside = config.moe.top_k / tensor * 4 * itemsize * config.moe.moe_intermediate_size
-    outside = _moe_without_experts(config.hidden_size, config.moe, itemsize, tensor)
+    outside = _moe_without_experts(config.hidden_size, config.moe, itemsize, sizes)
     return BlockActivations(common + outside + inside, inside, width)
 
 
@@ -73,7 +75,7 @@ def head_activations(config: ModelConfig, itemsize: int) -> float:
     return 2 * itemsize * config.hidden_size + WIDE + 3 * WIDE * config.vocab_size
 
 
-def peak_activations(config: ModelConfig, tokens: int, itemsize: int, tensor: int, recompute: Recompute) -> float:
+def peak_activations(config: ModelConfig, tokens: int, itemsize: int, sizes: MeshSizes, recompute: Recompute) -> float:
     """Bytes at the fullest moment of a micro-batch of ``tokens`` tokens.
 
     That is either the loss, or the backward pass of a block: its recomputed activations, and gradients that are taken
@@ -81,7 +83,7 @@ def peak_activations(config: ModelConfig, tokens: int, itemsize: int, tensor: in
     """
     dense = config.moe.first_k_dense if config.moe else config.num_layers
     blocks = [
-        (count, block_activations(config, layer, itemsize, tensor))
+        (count, block_activations(config, layer, itemsize, sizes))
         for layer, count in ((0, dense), (config.num_layers - 1, config.num_layers - dense))
         if count
     ]
@@ -104,9 +106,11 @@ def _mla(m: MLAConfig, itemsize: int, tensor: int) -> float:
     return itemsize * latents + m.num_heads * (itemsize * head + WIDE) / tensor
 
 
-def _moe_without_experts(hidden_size: int, m: MoEConfig, itemsize: int, tensor: int) -> float:
-    width = itemsize * hidden_size
+def _moe_without_experts(hidden_size: int, m: MoEConfig, itemsize: int, sizes: MeshSizes) -> float:
+    width, tensor = itemsize * hidden_size, sizes.tensor
     router = (WIDE * hidden_size if itemsize < WIDE else 0) + 2 * WIDE * m.num_experts + 4 * WIDE * m.top_k
     rows = m.top_k / tensor * (width + WIDE * hidden_size)
+    if sizes.expert > 1 or tensor > 1:
+        rows += (m.top_k + mean_destinations(m, sizes.expert)) / tensor * WIDE * hidden_size
     shared = 4 * itemsize * m.num_shared_experts * m.moe_intermediate_size / tensor
     return width + router + rows + shared + (width if m.shared_expert_gate else 0)

@@ -19,8 +19,7 @@ import torch
 from zoo.accounting import FP32_BYTES
 from zoo.config import ModelConfig, MoEConfig
 from zoo.moe.router import limit_groups
-from zoo.parallel.activations import Recompute
-from zoo.parallel.footprint import COMPUTE_BYTES, Precision, Units
+from zoo.parallel.footprint import COMPUTE_BYTES, Precision, Recompute, Units
 from zoo.parallel.hardware import Gpu, Group, all_to_all_seconds, ring_seconds
 from zoo.parallel.mesh import MeshSizes
 

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 from zoo.accounting import FP32_BYTES, attention_flops, count_buffers, training_flops
 from zoo.config import ModelConfig
-from zoo.parallel.activations import Recompute, peak_activations
+from zoo.parallel.activations import peak_activations
 from zoo.parallel.communication import (
     Collective,
     expert_exchanges,
@@ -39,7 +39,7 @@ from zoo.parallel.communication import (
     parameter_gathers,
     tensor_collectives,
 )
-from zoo.parallel.footprint import COMPUTE_BYTES, Holdings, Precision, Units
+from zoo.parallel.footprint import COMPUTE_BYTES, Holdings, Precision, Recompute, Units
 from zoo.parallel.hardware import Gpu
 from zoo.parallel.mesh import MeshSizes
 
@@ -185,7 +185,7 @@ def peak_memory(work: Workload, sizes: MeshSizes, held: Holdings, setting: Setti
         "optimizer": ADAM_MOMENTS * parameters,
         "gathered parameters": gathered,
         "unreduced gradients": unreduced,
-        "activations": peak_activations(work.config, tokens, itemsize, sizes.tensor, setting.recompute),
+        "activations": peak_activations(work.config, tokens, itemsize, sizes, setting.recompute),
     }
 
 

@@ -23,6 +23,7 @@ from zoo.parallel.mesh import MeshSizes
 from zoo.parallel.plan import ExpertRule, Plan, ResolvedPlan, Style, resolve
 
 Precision = Literal["bf16-mixed", "32-true"]
+Recompute = Literal["none", "experts", "block"]
 COMPUTE_BYTES: dict[Precision, int] = {"bf16-mixed": 2, "32-true": 4}
 """Bytes of an element of activations and of gathered parameters; parameters, gradients and moments at rest are fp32."""
 

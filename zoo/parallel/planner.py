@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from zoo.parallel.activations import Recompute
 from zoo.parallel.apply import check_sizes
 from zoo.parallel.estimate import USABLE_MEMORY, Estimate, Layout, Setting, Workload, estimate, peak_memory
-from zoo.parallel.footprint import Units, holdings, resolve_units
+from zoo.parallel.footprint import Recompute, Units, holdings, resolve_units
 from zoo.parallel.mesh import MeshSizes
 from zoo.parallel.plan import Plan, ResolvedPlan, load_plan, plan_names
 
