@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +31,14 @@ def alive(pid: int) -> bool:
         return False
 
 
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """Ranks that ``process`` started; not the git commands that record the commit."""
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return [int(pid) for pid in listed if b"LOCAL_RANK=" in Path(f"/proc/{pid}/environ").read_bytes()]
+    return []
+
+
 def wait_until(holds: Callable[[], bool], seconds: float, what: str) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
@@ -42,19 +52,12 @@ class TwoRanks:
     def __init__(self, argv: list[str], repository: Path, log: Path) -> None:
         self._log = log
         with log.open("w") as file:
-            self._first = subprocess.Popen([*FIT, *argv], cwd=repository, stdout=file, stderr=file)
+            self._first = subprocess.Popen([*FIT, *argv], cwd=repository, stdout=file, stderr=file, text=True)
 
     def __enter__(self) -> TwoRanks:
-        wait_until(lambda: bool(self._children()), 100, "a second process")
-        self.pids = [self._first.pid, *self._children()]
+        wait_until(lambda: bool(ranks_of(self._first)), 100, "a second process")
+        self.pids = [self._first.pid, *ranks_of(self._first)]
         return self
-
-    def _children(self) -> list[int]:
-        """The other ranks; not the git commands that record the commit."""
-        listed = Path(f"/proc/{self._first.pid}/task/{self._first.pid}/children").read_text().split()
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            return [int(pid) for pid in listed if b"LOCAL_RANK=" in Path(f"/proc/{pid}/environ").read_bytes()]
-        return []
 
     def __exit__(self, *error: object) -> None:
         for pid in filter(alive, self.pids):
@@ -119,5 +122,27 @@ def test_a_run_told_to_stop_saves_its_step_and_goes_on(
     assert f"saved step {latest_step(run)}; the same command goes on" in output
     assert 0 < latest_step(run) < 40
     run_fit(argv, repository)
+    for name in RESULTS:
+        assert (run / name).read_bytes() == (reference / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_that_lost_a_rank(
+    fit_config: Path, tmp_path: Path, repository: Path, reference: Path
+) -> None:
+    run = tmp_path / "run"
+    elastic = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", *FIT[2:]]
+    command = [sys.executable, "-m", "torch.distributed.run", *elastic, *arguments(fit_config, run, "ep2", *MORE)]
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with (tmp_path / "log").open("w") as log:
+        torchrun = subprocess.Popen(command, cwd=repository, stdout=log, stderr=log, env=environment, text=True)
+    try:
+        wait_until(lambda: latest_step(run) >= 3, 100, "three checkpoints")
+        os.kill(ranks_of(torchrun)[1], signal.SIGKILL)
+        assert torchrun.wait(timeout=150) == 0, (tmp_path / "log").read_text()
+    finally:
+        torchrun.terminate()
+        torchrun.wait()
+    assert len(json.loads((run / "run.json").read_text())["starts"]) == 2
     for name in RESULTS:
         assert (run / name).read_bytes() == (reference / name).read_bytes()

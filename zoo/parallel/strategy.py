@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
@@ -116,7 +117,9 @@ class MoEParallelStrategy(ModelParallelStrategy):
         """
         with torch.device("meta"):
             model = Decoder(config).to(dtype)
-        parallelize(model, self.meshes, self.plan, self.options)
+        # Parameters in half precision: their gradients are still summed in fp32.
+        half = None if dtype == torch.float32 else dtype
+        parallelize(model, self.meshes, self.plan, dataclasses.replace(self.options, param_dtype=half))
         model.to_empty(device=self.root_device)
         if source is None:
             init.initialize(model, seed)
