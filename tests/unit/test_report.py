@@ -38,6 +38,7 @@ def model(name: str, knowledge: float, comprehension: float, sparse: bool) -> di
         "expert_load": [[0.25, 0.5, 0.125, 0.125], [0.25, 0.25, 0.25, 0.25]] if sparse else [],
         "wall_seconds": 100.0,
         "peak_memory_bytes": 600 * 2**20,
+        "threads": 1,
         "curves": [{"seed": 0, "train": [[10, 3.0], [20, 2.0]], "validation": [[20, 2.1]]}],
     }
 

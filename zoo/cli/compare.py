@@ -19,6 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-root", type=Path, metavar="DIR", help="mirror of evaluation data sets, for a study that makes none"
     )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="models trained side by side, each with an equal share of the cores (default: one a core; with a GPU 1)",
+    )
     parser.add_argument("--json", action="store_true", help="print the report's JSON in place of its headline")
 
 
@@ -28,7 +34,9 @@ def run(args: argparse.Namespace) -> int:
     import sys
     import time
 
-    from zoo.harness.compare import run_study
+    import torch
+
+    from zoo.harness.compare import cores, run_study
     from zoo.harness.report import write_report
     from zoo.harness.study import load_study
     from zoo.harness.summary import summarise
@@ -45,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
         minutes, seconds = divmod(int(time.monotonic() - began), 60)
         print(f"{minutes}:{seconds:02d}  {message}", file=sys.stderr, flush=True)
 
-    runs = run_study(study, out, args.data_root, notify)
+    jobs = args.jobs or (1 if torch.cuda.is_available() else cores())
+    runs = run_study(study, out, args.data_root, notify, jobs)
     notify("writing the report")
     report = summarise(study, runs, out, shlex.join(["zoo", *sys.argv[1:]]))
     written = write_report(report, out)

@@ -13,16 +13,20 @@ Everything lands in one directory. What is finished there is not done again, so 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from threading import Event, Thread
+from typing import IO, Any
 
 from omegaconf import OmegaConf
 
+from zoo.accounting import training_flops
 from zoo.config import load_yaml, save_spec, to_dict
 from zoo.files import write_text
 from zoo.harness import facts
@@ -73,13 +77,14 @@ class Run:
         return [json.loads(line) for line in self.cost_file.read_text(encoding="utf-8").splitlines()]
 
 
-def run_study(study: Study, out: Path, data_root: Path | None, notify: Notify) -> list[Run]:
+def run_study(study: Study, out: Path, data_root: Path | None, notify: Notify, jobs: int = 1) -> list[Run]:
     """Train and evaluate what is not done yet.
 
     Args:
         out: directory of the study; it is made, or continued.
         data_root: mirror of the evaluation data sets; not needed where the study makes its own data.
         notify: told what begins.
+        jobs: models trained side by side, each with an equal share of the cores.
 
     Raises:
         ValueError: an unknown model or task, ``out`` holds another study, or a run fails.
@@ -93,11 +98,9 @@ def run_study(study: Study, out: Path, data_root: Path | None, notify: Notify) -
     _claim(study, out)
     data = _prepare_data(study, out, notify)
     runs = [Run(m, seed, out / "models" / f"{m.name}-seed{seed}") for seed in study.seeds for m in models]
+    _train_all(study, [run for run in runs if not run.checkpoint.exists()], data, notify, jobs)
     for number, run in enumerate(runs, start=1):
         position = f"[{number}/{len(runs)}] {run.model.name}, seed {run.seed}"
-        if not run.checkpoint.exists():
-            notify(f"{position}: training on {study.training.tokens:,} tokens")
-            _train(study, run, data)
         if not run.measured_file.exists():
             notify(f"{position}: evaluating {', '.join(study.tasks.all)}")
             _measure(study, run, data, out / "facts" / MIRROR if study.data.facts else data_root)
@@ -170,23 +173,55 @@ def fit_config(study: Study, run: Run, data: Path) -> dict[str, Any]:
     return {str(key): value for key, value in merged.items()}
 
 
-def _train(study: Study, run: Run, data: Path) -> None:
+def _train_all(study: Study, runs: Sequence[Run], data: Path, notify: Notify, jobs: int) -> None:
+    """Train ``runs``, the most expensive first, so that the last ones to end are short."""
+    if jobs < 1:
+        raise ValueError(f"jobs = {jobs}: train at least 1 model at a time")
+    length, stop = study.training.sequence_length, Event()
+    ordered = sorted(runs, key=lambda run: -training_flops(run.model.spec.model, length))
+
+    def train(run: Run) -> None:
+        if not stop.is_set():
+            notify(f"{run.model.name}, seed {run.seed}: training on {study.training.tokens:,} tokens")
+            _train(study, run, data, jobs, stop)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(train, run) for run in ordered]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            stop.set()  # the other trainings end now, and go on when the study does
+            raise
+
+
+def _train(study: Study, run: Run, data: Path, jobs: int, stop: Event) -> None:
     """Call ``zoo fit`` in a process of its own, whose time and memory are those of the training alone."""
     run.directory.mkdir(parents=True, exist_ok=True)
     save_spec(run.model.spec, run.directory / "model.yaml")
     config = run.directory / "fit.yaml"
     write_text(config, OmegaConf.to_yaml(OmegaConf.create(fit_config(study, run, data))))
     began, peak = time.monotonic(), 0
-    process = subprocess.Popen([sys.executable, "-m", "zoo.cli.main", "fit", "--config", str(config)])
+    threads = max(1, cores() // jobs)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "zoo.cli.main", "fit", "--config", str(config)],
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        # One training alone has the terminal, and its progress bar; lines of several say whose they are.
+        stderr=None if jobs == 1 else subprocess.PIPE,
+        text=True,
+    )
+    if process.stderr is not None:
+        Thread(target=_forward, args=(process.stderr, f"{run.model.name}, seed {run.seed}"), daemon=True).start()
     try:
-        while process.poll() is None:
+        while process.poll() is None and not stop.is_set():
             peak = max(peak, _peak_memory(process.pid))
             time.sleep(_POLL_SECONDS)
-    except BaseException:
+    finally:
         process.terminate()
         process.wait()
-        raise
-    cost = {"wall_seconds": time.monotonic() - began, "peak_memory_bytes": peak}
+    if stop.is_set():
+        return
+    cost = {"wall_seconds": time.monotonic() - began, "peak_memory_bytes": peak, "threads": threads}
     with run.cost_file.open("a", encoding="utf-8") as file:
         file.write(json.dumps(cost) + "\n")
     if process.returncode != 0:
@@ -194,6 +229,16 @@ def _train(study: Study, run: Run, data: Path) -> None:
             f"{run.model.name}, seed {run.seed}: zoo fit --config {config} ended with exit code {process.returncode}; "
             "see above, then run the same command again to go on"
         )
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _forward(lines: IO[str], name: str) -> None:
+    for line in lines:
+        print(f"{name}: {line.rstrip()}", file=sys.stderr, flush=True)
 
 
 def _peak_memory(pid: int) -> int:

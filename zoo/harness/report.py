@@ -109,12 +109,12 @@ def _sizes(report: Mapping[str, Any]) -> Table:
 
 
 def _costs(report: Mapping[str, Any]) -> Table:
-    header = ["model", "wall time", "tokens a second", "peak memory"]
+    header = ["model", "wall time", "tokens a second", "threads", "peak memory"]
     rows = []
     for model in report["models"]:
         seconds, memory = model["wall_seconds"], model["peak_memory_bytes"]
         timed = [f"{seconds:.0f} s", f"{report['tokens'] / seconds:,.0f}"] if seconds else ["–", "–"]
-        rows.append([model["name"], *timed, binary(memory) if memory else "–"])
+        rows.append([model["name"], *timed, str(model["threads"] or "–"), binary(memory) if memory else "–"])
     return "Cost of training, start-up included", header, rows
 
 

@@ -119,6 +119,7 @@ def _model(study: Study, model: Model, runs: Sequence[Run]) -> dict[str, Any]:
         "expert_load": np.mean([m["expert_load"] for m in measured], axis=0).tolist(),
         "wall_seconds": float(np.mean([sum(start["wall_seconds"] for start in run) for run in costs])) or None,
         "peak_memory_bytes": max((start["peak_memory_bytes"] for run in costs for start in run), default=0) or None,
+        "threads": max((start["threads"] for run in costs for start in run), default=0) or None,
         "curves": [{"seed": run.seed, **read_curve(run.fit_directory / "metrics.csv")} for run in runs],
     }
 
