@@ -81,6 +81,7 @@ def test_half_precision_trains_with_exact_selection_bias(fit_config: Path, tmp_p
     assert fit(["--config", str(fit_config), "--trainer.precision", precision]) == 0
     losses = column(tmp_path / "run", "train/lm_loss")
     assert losses[-1] < losses[0]
+    assert any(v != torch.tensor(v).bfloat16().item() for v in column(tmp_path / "run", "val/loss")), "summed in bf16"
     bias = load(tmp_path / "run" / "final").layers[1].ffn.router.bias
     steps = bias / 0.001
     assert bias.dtype == torch.float32

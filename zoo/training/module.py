@@ -213,6 +213,10 @@ class ZooModule(LightningModule):
             return per_token, per_sequence, None
         return per_token, per_token, list(self.parallel.sum_over_data(counts))
 
+    def on_validation_epoch_start(self) -> None:
+        """Sum in fp64, also where all of the module was cast (``bf16-true`` casts the metric's sums as well)."""
+        self.val_loss.set_dtype(torch.float64)
+
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Add the micro-batch to the validation loss, every label with the same weight."""
         nll, count = next_token_nll(self(batch).logits, batch["labels"])
