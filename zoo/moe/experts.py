@@ -65,5 +65,5 @@ def experts_grouped(rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor)
 
 
 def grouped_applies(rows: Tensor) -> bool:
-    """torch's CUDA kernel takes bf16; on the CPU neither is always the faster (scripts/benchmark_experts.py)."""
+    """torch's CUDA kernel takes bf16; on the CPU neither is always the faster (docs/architecture.md has the times)."""
     return rows.is_cuda and rows.dtype == torch.bfloat16
