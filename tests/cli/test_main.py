@@ -114,9 +114,14 @@ def test_ctrl_c_exits_130(tmp_path: Path) -> None:
     """A command that waits (to read a pipe that nobody writes to) is interrupted."""
     pipe = tmp_path / "study.yaml"
     os.mkfifo(pipe)
-    process = subprocess.Popen([*ZOO, "compare", str(pipe), "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*ZOO, "compare", str(pipe), "--out", str(tmp_path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts background jobs with the signal ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     with pipe.open("w"):  # returns when the command has opened it to read
-        time.sleep(1)  # ... and now it is reading: an interruption in between may fall into a finaliser, and be lost
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=30)
     assert (process.returncode, error) == (130, "zoo: interrupted\n")
