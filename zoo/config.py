@@ -152,6 +152,23 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Published:
+    """Sizes as the authors print them. Authors count and round in different ways: ``active`` says how these did.
+
+    Attributes:
+        total: Parameters, such as 15.7B.
+        active: Parameters for one token, such as 2.4B.
+        input_embedding: Whether ``active`` counts the input embedding.
+        cut: Whether the digits after the printed ones were cut off, not rounded.
+    """
+
+    total: str
+    active: str
+    input_embedding: bool = True
+    cut: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """A named model: what one file of ``configs/models`` and the ``zoo.yaml`` of a checkpoint hold."""
 
@@ -163,6 +180,8 @@ class ModelSpec:
     """Hub id of the published weights, where there are any."""
     reference: str | None = None
     """Paper or release that the sizes were taken from."""
+    published: Published | None = None
+    """The sizes that it prints; the model's card stands beside them."""
 
 
 def _validate(c: ModelConfig) -> None:

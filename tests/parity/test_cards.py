@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from decimal import Decimal
 
 import pytest
@@ -39,42 +38,18 @@ def test_card_equals_the_model_of_transformers(name: str) -> None:
     assert count_buffers(spec.model) == sum(t.numel() for t in model.state_dict().values()) - parameters - tied
 
 
-@dataclass(frozen=True)
-class Published:
-    """Sizes in billions as printed by the authors, and how they arrived at the active ones.
-
-    Two things differ: DeepSeek-V2 and V3 leave the input embedding out of the active parameters (V2-Lite's 2.4B is
-    reached in no other way), and V2-Lite and Qwen3 cut digits off where others round.
-    """
-
-    total: str
-    active: str
-    embedding: bool = True
-    cut: bool = False
-
-
-PUBLISHED = {
-    "mixtral-8x7b": Published("46.7", "12.9"),
-    "deepseek-moe-16b": Published("16.4", "2.8"),
-    "deepseek-v2": Published("236", "21", embedding=False),
-    "deepseek-v2-lite": Published("15.7", "2.4", embedding=False, cut=True),
-    "deepseek-v3": Published("671", "37", embedding=False),
-    "qwen1.5-moe-a2.7b": Published("14.3", "2.7"),
-    "qwen2-57b-a14b": Published("57.4", "14.2"),
-    "qwen3-30b-a3b": Published("30.5", "3.3", cut=True),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [n for n in model_names() if find_spec(n).published])
 def test_card_equals_the_published_figures_to_the_printed_digits(name: str) -> None:
-    published, counts = PUBLISHED[name], count_parameters(find_spec(name).model)
-    active = counts.active if published.embedding else counts.active_without_embedding
+    spec = find_spec(name)
+    counts, published = count_parameters(spec.model), spec.published
+    assert published is not None
+    active = counts.active if published.input_embedding else counts.active_without_embedding
     assert in_billions(counts.total, like=published.total, cut=False) == published.total
     assert in_billions(active, like=published.active, cut=published.cut) == published.active
 
 
 def in_billions(number: int, *, like: str, cut: bool) -> str:
-    """``number`` / 10⁹ with as many decimals as ``like``, rounded or cut."""
-    decimals = -int(Decimal(like).as_tuple().exponent)
+    """``number`` / 10⁹ with as many decimals as ``like``, such as 46.7B, rounded or cut."""
+    decimals = -int(Decimal(like.removesuffix("B")).as_tuple().exponent)
     scaled = number / 10 ** (9 - decimals)
-    return f"{(math.floor(scaled) if cut else round(scaled)) / 10**decimals:.{decimals}f}"
+    return f"{(math.floor(scaled) if cut else round(scaled)) / 10**decimals:.{decimals}f}B"

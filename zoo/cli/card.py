@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from itertools import groupby
 from typing import Any
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
         "family": spec.family,
         "source": spec.source,
         "reference": spec.reference,
+        "published": dataclasses.asdict(spec.published) if spec.published else None,
         **summary(spec.model, args.sequence_length),
     }
     print(json.dumps(card, indent=2) if args.json else _text(card))
@@ -61,8 +63,16 @@ def _text(card: dict[str, Any]) -> str:
         ("KV cache per token, fp32 / bf16", f"{binary(cache['fp32'])} / {binary(cache['bf16'])}"),
         ("weights, fp32 / bf16", f"{binary(weights['fp32'])} / {binary(weights['bf16'])}"),
     ]
+    if card["published"]:
+        origin.append(("published", _published(**card["published"])))
     tables = [columns(origin, left=2), columns(counts), columns(costs), columns(_layer_rows(parameters))]
     return "\n\n".join([card["name"], *tables])
+
+
+def _published(total: str, active: str, input_embedding: bool, cut: bool) -> str:
+    """The authors' sizes, and how they counted and rounded where that differs from the rows below."""
+    how = ["without input embedding"] * (not input_embedding) + ["digits cut off"] * cut
+    return f"{total} total, {active} active" + (f" ({', '.join(how)})" if how else "")
 
 
 def _layer_rows(parameters: dict[str, Any]) -> list[list[str]]:

@@ -18,10 +18,12 @@ def columns(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 
 
 def short(number: float) -> str:
-    """Number with one decimal and a decimal suffix: 46702792704 is 46.7B."""
+    """Number with three digits and a decimal suffix: 46702792704 is 46.7B."""
     for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(number) >= size:
-            return f"{number / size:.1f}{suffix}"
+        scaled = abs(number) / size
+        if scaled >= 0.9995:  # what would round to 1000 of the smaller unit is 1 of this one
+            decimals = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
+            return f"{number / size:.{decimals}f}{suffix}"
     return f"{number:.0f}"
 
 

@@ -339,4 +339,6 @@ def _resolve(name: str, overrides: dict[str, Any]) -> ModelSpec:
     merged = OmegaConf.to_container(OmegaConf.merge(to_dict(spec.model), overrides))
     model = from_dict(ModelConfig, merged, "model.overrides")
     # Weights of the changed model are not those of the published source, and maybe not of its family.
-    return dataclasses.replace(spec, model=model, family=expressible(model), source=None, reference=None)
+    return dataclasses.replace(
+        spec, model=model, family=expressible(model), source=None, reference=None, published=None
+    )
