@@ -129,6 +129,28 @@ class TestTensors:
         assert not (tmp_path / "hf").exists()
 
 
+class TestTiedHead:
+    """Some tied checkpoints store the head as well: a copy is left out, anything else refused."""
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Path:
+        spec = small("llama-tiny")
+        spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, tie_word_embeddings=True))
+        source = published(spec, tmp_path / "tied")
+        rewrite(source, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+        return source
+
+    def test_copy_is_left_out(self, source: Path, tmp_path: Path) -> None:
+        assert import_checkpoint(source, tmp_path / "zoo").left_out == ("lm_head.weight",)
+        stored = load_file(source / SINGLE_FILE)
+        assert torch.equal(load(tmp_path / "zoo").state_dict()["embed_tokens.weight"], stored["lm_head.weight"])
+
+    @pytest.mark.parametrize("change", [lambda t: t[-1, -1].add_(1), lambda t: t.set_(t[:-1].clone())])
+    def test_other_head(self, source: Path, change: Callable[[Tensor], object]) -> None:
+        rewrite(source, lambda tensors: change(tensors["lm_head.weight"]))
+        refused(source, "'lm_head.weight' differs from 'model.embed_tokens.weight'.*set tie_word_embeddings to false")
+
+
 class TestLeftOut:
     """What a family declares as not part of the model is left out, said so, and nothing else is."""
 

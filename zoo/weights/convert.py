@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +17,14 @@ from zoo.families import get_family
 from zoo.registry import published_spec, read_json
 from zoo.weights.hub import download, is_hub_id
 from zoo.weights.ops import Op, Region, Shape, source_shapes
-from zoo.weights.source import TensorSource, check_tensors, refuse_pickle
+from zoo.weights.source import TensorSource, check_copy, check_tensors, refuse_pickle
 from zoo.weights.target import MAX_SHARD_BYTES, copy_tokenizer, new_directory, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+PUBLISHED_HEAD = "lm_head.weight"
+"""Stored by some checkpoints although it is tied to the embedding."""
 
 Named = Iterator[tuple[str, "Tensor"]]
 
@@ -195,7 +199,11 @@ def open_published(directory: Path) -> Iterator[tuple[ModelSpec, Stream]]:
         fused = any(name.endswith(".experts.gate_up_proj") for name in source.entries)
         ops = family.weight_map(spec.model, "fused" if fused else "per_expert")
         expected = source_shapes(ops, parameter_shapes(spec.model))
-        left_out = check_tensors(source, expected, ops, ignored)
+        tied = spec.model.tie_word_embeddings and PUBLISHED_HEAD in source.entries
+        left_out = check_tensors(source, expected, ops, (*ignored, re.escape(PUBLISHED_HEAD)) if tied else ignored)
+        if tied:
+            (embedding,) = next(op.sources for op in ops if op.targets == ("embed_tokens.weight",))
+            check_copy(source, PUBLISHED_HEAD, embedding)
         yield spec, Stream(ops, source, left_out=left_out)
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 PICKLE_SUFFIXES = frozenset((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"))
+COMPARED_ROWS = 4096
 DTYPES = frozenset(("F32", "F16", "BF16"))
 
 
@@ -202,6 +203,24 @@ def check_tensors(
         if len(dtypes) > 1:
             raise ValueError(f"{where}: {op.sources[0]!r} and its group mix dtypes {sorted(dtypes)}; save them in one")
     return left_out
+
+
+def check_copy(source: TensorSource, copy: str, original: str) -> None:
+    """Check that the tensor ``copy`` is the ``original`` again, a few rows at a time.
+
+    Raises:
+        ValueError: they differ, so that leaving one out would lose weights.
+    """
+    first, second = source.entries[copy], source.entries[original]
+    same = (first.shape, first.dtype) == (second.shape, second.dtype)
+    for start in range(0, first.shape[0], COMPARED_ROWS) if same else ():
+        rows = (slice(start, min(start + COMPARED_ROWS, first.shape[0])), *(slice(0, n) for n in first.shape[1:]))
+        same = same and source.read_region(copy, rows).equal(source.read_region(original, rows))
+    if not same:
+        raise ValueError(
+            f"{first.path}: tensor {copy!r} differs from {original!r}, but config.json ties them; "
+            "set tie_word_embeddings to false there"
+        )
 
 
 def _more(names: list[str]) -> str:
