@@ -1,8 +1,8 @@
 """One set of ranks, seen in two ways: attention wants data and tensor ranks, experts want expert ranks.
 
-The dense view is (data_parallel, tensor_parallel), or (data_replicate, data_shard, tensor_parallel) where copies of
-the model are kept; the sparse view is (expert_replicate, expert_shard, expert_parallel). All are of the same ranks in
-the same order, the last dimension fastest. So expert parallelism costs no ranks of its own: it folds over the tensor
+The outermost dimension is the pipeline: each stage has ranks of its own, with two views of its own. The dense view is (data_parallel, tensor_parallel), or (data_replicate, data_shard, tensor_parallel) where copies of
+the model are kept; the sparse view is (expert_replicate, expert_shard, expert_parallel). Both are of the same ranks
+in the same order, the last dimension fastest. So expert parallelism costs no ranks of its own: it folds over the tensor
 ranks first, then over the sharded and then over the replicated data ranks.
 """
 
@@ -18,39 +18,47 @@ from zoo.parallel.torch_private import unflatten
 DATA, TENSOR = "data_parallel", "tensor_parallel"
 """Names that Lightning looks for."""
 EXPERT = "expert_parallel"
+PIPELINE = "pipeline_parallel"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeshSizes:
-    """How many ranks each dimension has; the world is ``data_replicate * data_shard * tensor``.
+    """How many ranks each dimension has; the world is ``pipeline * data_replicate * data_shard * tensor``.
 
     Attributes:
+        pipeline: Groups of ranks that hold some of the layers each, and pass activations on; all others are within one.
         data_replicate: Groups of ranks that each hold the whole (sharded) model; gradients are summed over them.
         data_shard: Ranks over which a group shards parameters, gradients and optimizer state (FSDP).
         tensor: Ranks that share one batch and split attention heads and FFN columns.
         expert: Ranks over which the experts are spread; it folds over the others and does not multiply the world.
     """
 
+    pipeline: int = 1
     data_replicate: int = 1
     data_shard: int = 1
     tensor: int = 1
     expert: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("data_replicate", "data_shard", "tensor", "expert"):
+        for name in ("pipeline", "data_replicate", "data_shard", "tensor", "expert"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: give at least 1 rank")
         inner = self.data_shard * self.tensor
-        if self.expert > 1 and (self.world % self.expert or (inner % self.expert and self.expert % inner)):
+        if self.expert > 1 and (self.stage % self.expert or (inner % self.expert and self.expert % inner)):
             raise ValueError(
                 f"expert = {self.expert}: it folds over data_shard * tensor = {inner} ranks and then over "
                 f"data_replicate = {self.data_replicate}; give a divisor of {inner}, or a multiple of it that divides "
-                f"{self.world}"
+                f"{self.stage}"
             )
 
     @property
     def world(self) -> int:
         """Number of ranks."""
+        return self.pipeline * self.stage
+
+    @property
+    def stage(self) -> int:
+        """Ranks of one stage of the pipeline."""
         return self.data_replicate * self.data_shard * self.tensor
 
     @property
@@ -66,14 +74,16 @@ class MeshSizes:
     @property
     def expert_replicate(self) -> int:
         """Copies of every expert."""
-        return self.world // (self.expert * self.expert_shard)
+        return self.stage // (self.expert * self.expert_shard)
 
 
 @dataclass(frozen=True)
 class Meshes:
-    """The views of one world."""
+    """The views of one world, as this rank has them: of the ranks of its stage, and of the pipeline through it."""
 
     sizes: MeshSizes
+    pipeline: DeviceMesh
+    """Ranks at the same place of each stage, first stage first."""
     dense: DeviceMesh
     """(data_parallel, tensor_parallel)."""
     dense_data: DeviceMesh
@@ -107,17 +117,20 @@ def build_meshes(device_type: str, sizes: MeshSizes) -> Meshes:
     """
     world = dist.get_world_size()
     if sizes.world != world:
+        factors = (sizes.pipeline, sizes.data_replicate, sizes.data_shard, sizes.tensor)
         raise ValueError(
-            f"data_replicate * data_shard * tensor = {sizes.data_replicate} * {sizes.data_shard} * {sizes.tensor} = "
-            f"{sizes.world}: the run has {world} processes; make the product {world}"
+            f"pipeline * data_replicate * data_shard * tensor = {' * '.join(map(str, factors))} = {sizes.world}: the run "
+            f"has {world} processes; make the product {world}"
         )
     ranks = init_device_mesh(device_type, (world,), mesh_dim_names=("world",))
-    dense = unflatten(ranks, (sizes.data, sizes.tensor), (DATA, TENSOR))
+    stages = unflatten(ranks, (sizes.pipeline, sizes.stage), (PIPELINE, "stage"))
+    stage = stages["stage"]
+    dense = unflatten(stage, (sizes.data, sizes.tensor), (DATA, TENSOR))
     dense_data = dense[DATA]
     if sizes.data_replicate > 1:
         shape = (sizes.data_replicate, sizes.data_shard, sizes.tensor)
-        dense_data = unflatten(ranks, shape, ("data_replicate", "data_shard", TENSOR))["data_replicate", "data_shard"]
+        dense_data = unflatten(stage, shape, ("data_replicate", "data_shard", TENSOR))["data_replicate", "data_shard"]
     shape = (sizes.expert_replicate, sizes.expert_shard, sizes.expert)
-    sparse = unflatten(ranks, shape, ("expert_replicate", "expert_shard", EXPERT))
+    sparse = unflatten(stage, shape, ("expert_replicate", "expert_shard", EXPERT))
     sparse_data = sparse["expert_replicate", "expert_shard"] if sizes.expert_replicate > 1 else sparse["expert_shard"]
-    return Meshes(sizes, dense, dense_data, sparse, sparse_data)
+    return Meshes(sizes, stages[PIPELINE], dense, dense_data, sparse, sparse_data)
