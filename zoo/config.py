@@ -202,10 +202,28 @@ def _validate(c: ModelConfig) -> None:
         _require(
             c.mla.qk_rope_head_dim % 2 == 0, "mla.qk_rope_head_dim", c.mla.qk_rope_head_dim, "rotary needs an even size"
         )
-    scalings = [n for n in ("linear", "llama3", "yarn") if getattr(c.rope, n) is not None]
-    _require(len(scalings) <= 1, "rope", " + ".join(scalings), "give at most one scaling")
+    _validate_rope(c.rope)
     if c.moe:
         _validate_moe(c.moe, c.num_layers)
+
+
+def _validate_rope(r: RopeConfig) -> None:
+    _require(r.theta > 0, "rope.theta", r.theta, "give a positive number such as 10000.0")
+    scalings = [(n, getattr(r, n)) for n in ("linear", "llama3", "yarn") if getattr(r, n) is not None]
+    _require(len(scalings) <= 1, "rope", " + ".join(n for n, _ in scalings), "give at most one scaling")
+    for name, scaling in scalings:
+        _require(scaling.factor >= 1, f"rope.{name}.factor", scaling.factor, "give how many times longer, at least 1")
+        if not isinstance(scaling, LinearScaling):
+            length = scaling.original_max_position
+            _require(length >= 1, f"rope.{name}.original_max_position", length, "give a positive number of tokens")
+    if r.llama3:
+        low, high = r.llama3.low_freq_factor, r.llama3.high_freq_factor
+        _require(
+            0 < low < high, "rope.llama3.low_freq_factor", low, f"it must lie between 0 and high_freq_factor = {high}"
+        )
+    if r.yarn:
+        fast, slow = r.yarn.beta_fast, r.yarn.beta_slow
+        _require(fast > slow > 0, "rope.yarn.beta_slow", slow, f"it must lie between 0 and beta_fast = {fast}")
 
 
 def _validate_attention(a: AttentionConfig) -> None:

@@ -60,6 +60,23 @@ REFUSED = [
     ("model.moe.first_k_dense", 2, r"at least one of the 2 layers must be MoE"),
     ("model.attention.num_kv_heads", 3, r"num_kv_heads = 3: it must divide num_heads = 2"),
     ("model.attention.head_dim", 7, r"head_dim = 7: rotary needs an even size"),
+    ("model.rope.theta", 0, r"rope.theta = 0.0: give a positive number"),
+    ("model.rope.linear", {"factor": 0}, r"rope.linear.factor = 0.0: give how many times longer, at least 1"),
+    (
+        "model.rope.yarn",
+        {"factor": 4, "original_max_position": 0},
+        r"rope.yarn.original_max_position = 0: give a positive number of tokens",
+    ),
+    (
+        "model.rope.yarn",
+        {"factor": 4, "original_max_position": 64, "beta_fast": 1, "beta_slow": 32},
+        r"rope.yarn.beta_slow = 32.0: it must lie between 0 and beta_fast = 1.0",
+    ),
+    (
+        "model.rope.llama3",
+        {"factor": 8, "low_freq_factor": 4, "high_freq_factor": 1, "original_max_position": 64},
+        r"rope.llama3.low_freq_factor = 4.0: it must lie between 0 and high_freq_factor = 1.0",
+    ),
     ("model.attention", None, r"attention / mla = neither: give exactly one"),
     ("model.hidden_size", "wide", r"hidden_size = 'wide': expected int"),
     ("model.hidden_size", 0, r"hidden_size = 0: give a positive integer"),
