@@ -198,7 +198,8 @@ def _attention_parameters(hidden_size: int, a: AttentionConfig) -> int:
 def _attention_vectors(hidden_size: int, a: AttentionConfig) -> int:
     """Biases and the norms of queries and keys: parameters that no token is matrix-multiplied with."""
     bias = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim if a.qkv_bias else 0
-    return bias + (hidden_size if a.output_bias else 0) + (2 * a.head_dim if a.qk_norm else 0)
+    normed = {None: 0, "head": 2 * a.head_dim, "projection": (a.num_heads + a.num_kv_heads) * a.head_dim}
+    return bias + (hidden_size if a.output_bias else 0) + normed[a.qk_norm]
 
 
 def _mla_parameters(hidden_size: int, m: MLAConfig) -> int:

@@ -84,8 +84,8 @@ class AttentionConfig:
     head_dim: int
     qkv_bias: bool = False
     output_bias: bool = False
-    qk_norm: bool = False
-    """RMSNorm over ``head_dim`` of every query and key head, before rotary."""
+    qk_norm: Literal["head", "projection"] | None = None
+    """RMSNorm of queries and keys before rotary: over each head by itself, or over all heads together."""
     sliding_window: int | None = None
     """A query sees itself and the ``sliding_window - 1`` tokens before it."""
 

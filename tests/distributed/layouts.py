@@ -74,7 +74,7 @@ MODELS = {
     ),
     "qwen3": ModelConfig(
         **{**_BASE, "tie_word_embeddings": True},
-        attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4, qk_norm=True, output_bias=True),
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4, qk_norm="head", output_bias=True),
         moe=dataclasses.replace(_MIXTRAL, router_bias=False),
     ),
     "dense": ModelConfig(**_BASE, attention=_GQA),

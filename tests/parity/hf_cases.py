@@ -93,6 +93,15 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "qwen3-moe": {**_QWEN_MOE, "model_type": "qwen3_moe", "norm_topk_prob": True},
     "qwen3-moe-dense": {**_QWEN_MOE, "model_type": "qwen3_moe", "mlp_only_layers": [0, 1, 2]},
+    "olmoe": {
+        **{k: v for k, v in _GQA.items() if k != "head_dim"},
+        "model_type": "olmoe",
+        "hidden_size": 64,
+        "intermediate_size": 24,
+        "num_experts": 10,
+        "num_experts_per_tok": 3,
+        "pad_token_id": None,
+    },
     "deepseek-v2": {
         **_V2,
         "topk_method": "group_limited_greedy",

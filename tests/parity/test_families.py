@@ -196,6 +196,7 @@ MISTAKES: list[tuple[str, str, dict[str, Any]]] = [
     ("mixtral", "moe", {"norm_topk_prob": False}),
     ("qwen2-moe", "moe", {"norm_topk_prob": True}),
     ("qwen3-moe", "moe", {"norm_topk_prob": False}),
+    ("olmoe", "moe", {"norm_topk_prob": True}),
     ("deepseek-v2", "moe", {"group_score": "top2_sum"}),
     ("deepseek-v2", "moe", {"num_groups": 1, "top_k_groups": 1}),
     ("deepseek-v2", "moe", {"routed_scaling_factor": 1.0}),

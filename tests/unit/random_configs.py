@@ -18,7 +18,7 @@ def attention_configs(draw: st.DrawFn) -> AttentionConfig:
         head_dim=2 * draw(st.integers(1, 8)),
         qkv_bias=draw(st.booleans()),
         output_bias=draw(st.booleans()),
-        qk_norm=draw(st.booleans()),
+        qk_norm=draw(st.sampled_from([None, "head", "projection"])),
         sliding_window=draw(st.none() | st.integers(1, 8)),
     )
 

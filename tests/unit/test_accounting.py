@@ -69,7 +69,7 @@ def test_flops_of_a_model_small_enough_to_count_by_hand() -> None:
 
 
 def test_norms_and_biases_cost_no_matrix_flops() -> None:
-    attention = replace(DENSE.attention, qkv_bias=True, output_bias=True, qk_norm=True)
+    attention = replace(DENSE.attention, qkv_bias=True, output_bias=True, qk_norm="head")
     assert forward_flops(replace(DENSE, attention=attention), 7) == forward_flops(DENSE, 7)
 
 

@@ -37,7 +37,7 @@ MODELS = {
     "gqa": config(attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8)),
     "bias, norm, window": config(
         attention=AttentionConfig(
-            num_heads=4, num_kv_heads=4, head_dim=8, qkv_bias=True, output_bias=True, qk_norm=True, sliding_window=5
+            num_heads=4, num_kv_heads=4, head_dim=8, qkv_bias=True, output_bias=True, qk_norm="head", sliding_window=5
         ),
         tie_word_embeddings=True,
     ),

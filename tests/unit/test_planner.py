@@ -158,7 +158,9 @@ def saved_bytes(config: ModelConfig, ids: torch.Tensor) -> int:
     return sum(storage.nbytes() for storage in saved.values())
 
 
-@pytest.mark.parametrize("name", ["mixtral-tiny", "deepseek-v3-tiny", "qwen2-moe-tiny", "qwen3-moe-tiny", "llama-tiny"])
+@pytest.mark.parametrize(
+    "name", ["mixtral-tiny", "deepseek-v3-tiny", "qwen2-moe-tiny", "qwen3-moe-tiny", "olmoe-tiny", "llama-tiny"]
+)
 def test_activations_are_what_autograd_saves(name: str) -> None:
     """In fp32 on one process, within 3%; the CPU's norms, which are not fused, save their normalised input as well."""
     config = find_spec(name).model
@@ -353,6 +355,8 @@ def test_reasons(found: Result) -> None:
     assert ddp.kind == "memory" and ddp.needed > 16 * 46.7e9 and "optimizer" in ddp.reason
     assert "num_experts = 8" in reasons["ep_fsdp", 1, 1, 64].reason
     assert "num_kv_heads = 8" in reasons["tp_ep_fsdp", 1, 16, 1].reason
+    across = search(work("olmoe-1b-7b"), only=("tp_ep_fsdp", {"tensor": 2})).rejected
+    assert across and all("attention.qk_norm = projection is over all heads" in one.reason for one in across)
     uneven = search(work(batch=48), only=("ep_fsdp", {"expert": 8})).rejected
     assert [(one.kind, one.reason) for one in uneven] == [
         ("batch", "48 sequences a step are not divisible by 64 data ranks")

@@ -71,7 +71,7 @@ def read_gqa(
     *,
     qkv_bias: bool = False,
     output_bias: bool = False,
-    qk_norm: bool = False,
+    qk_norm: Literal["head", "projection"] | None = None,
     sliding_window: int | None = None,
 ) -> AttentionConfig:
     """Heads of multi-head or grouped-query attention; biases, norms and windows are spelled differently by family."""

@@ -21,7 +21,7 @@ def _read(fields: Fields) -> ModelConfig:
     return read_decoder(
         fields,
         rope=read_rope(fields),
-        attention=read_gqa(fields, qkv_bias=bias, output_bias=bias, qk_norm=True, sliding_window=window),
+        attention=read_gqa(fields, qkv_bias=bias, output_bias=bias, qk_norm="head", sliding_window=window),
         moe=_read_moe(fields),
     )
 

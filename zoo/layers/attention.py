@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from zoo.cache import LayerCache
 from zoo.config import ModelConfig
 from zoo.layers.attend import attend
-from zoo.layers.norm import RMSNorm
+from zoo.layers.norm import RMSNorm, RMSNormAcrossHeads
 from zoo.layers.rope import rotate
 from zoo.layers.sequence import SequenceLayout
 
 
 class Attention(nn.Module):
-    """o(softmax(q kᵀ / √d + mask) v) with rotary q and k; optional biases and optional per-head RMSNorm of q and k."""
+    """o(softmax(q kᵀ / √d + mask) v) with rotary q and k; optional biases and optional RMSNorm of q and k."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -32,8 +32,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=attention.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=attention.qkv_bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=attention.output_bias)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if attention.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if attention.qk_norm else nn.Identity()
+        self.q_norm = _qk_norm(config, width)
+        self.k_norm = _qk_norm(config, kv_width)
 
     def forward(
         self, x: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor], cache: LayerCache | None
@@ -53,3 +53,13 @@ class Attention(nn.Module):
         weight = self.k_proj.weight
         shape = (batch_size, self.num_kv_heads, max_length, self.head_dim)
         return LayerCache([torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2)])
+
+
+def _qk_norm(config: ModelConfig, width: int) -> nn.Module:
+    """The norm of ``width // d`` heads [B, S, heads, d]."""
+    attention = config.attention
+    assert attention is not None
+    if attention.qk_norm is None:
+        return nn.Identity()
+    across = attention.qk_norm == "projection"
+    return RMSNormAcrossHeads(width, config.norm_eps) if across else RMSNorm(attention.head_dim, config.norm_eps)

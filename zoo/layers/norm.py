@@ -20,3 +20,11 @@ class RMSNorm(nn.Module):
         # torch accumulates in fp32 for half precision and rounds once, at the end. Under autocast x may be narrower
         # than the weight: it is widened, not the weight rounded.
         return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+class RMSNormAcrossHeads(RMSNorm):
+    """RMSNorm over all heads of a projection together (OLMoE, arXiv 2409.02060, section 4.2.5)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., heads, d] with heads · d = size → the same shape and dtype."""
+        return super().forward(x.flatten(-2)).view_as(x)

@@ -6,14 +6,15 @@ and t tensor ranks:
 
     norms       2 (b D + 4): their inputs, and an fp32 root mean square each
     attention   b D + b d (2 H + 2 G) / t + 4 H / t: input; q, k, v and the output; an fp32 log-sum-exp.
-                With norms of q and k their inputs as well: b d (H + G) / t + 4 (H + G) / t
+                With norms of q and k their inputs as well: b d (H + G) / t + 4 (H + G) / t, of
+                norms over all heads together b d (H + G) + 8
     MLA         b (D + 2 q + 2 (r + p)) + b H (n + v + 2 (n + p) + v) / t + 4 H / t: the latents before and after their
                 norms; keys and values as expanded; q and k as put together; the output
     dense FFN   b D + 4 b F / t: input; gate, silu, up and their product
     MoE         b D + 4 D (the router's fp32 input, in bf16-mixed) + 8 E + 16 K: logits and scores; weights, indices
-                + K / t · (b D + 4 b F + 4 D): an expert's input, the inside of its FFN, its output widened to fp32
+                + K / t · (b D + 4 b F + 4 D): an expert's input, the inside of its FFN, its output widened to fp32;
+                where tokens travel to other ranks it is b D and not 4 D, as it is not widened
                 + 4 b F_shared / t, and b D where the shared experts are gated
-                Where tokens travel to M ranks each: 4 D (K + M) / t, weighted rows and returned rows in fp32
     head        2 b D + 4 + 12 V: final norm; logits, log-probabilities and their gradient
 
 Shapes: D model, F FFN, H query heads, G key/value heads, d head size, E experts, K top-k, V vocabulary; of MLA: q and r
@@ -25,7 +26,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zoo.config import AttentionConfig, MLAConfig, ModelConfig, MoEConfig
-from zoo.parallel.communication import mean_destinations
 from zoo.parallel.footprint import Recompute
 from zoo.parallel.mesh import MeshSizes
 
@@ -95,7 +95,8 @@ def peak_activations(config: ModelConfig, tokens: int, itemsize: int, sizes: Mes
 def _attention(a: AttentionConfig, itemsize: int, tensor: int) -> float:
     both = a.num_heads + a.num_kv_heads
     values = itemsize * a.head_dim * 2 * both + WIDE * a.num_heads
-    norms = (itemsize * a.head_dim + WIDE) * both if a.qk_norm else 0
+    root_mean_squares = both if a.qk_norm == "head" else 2
+    norms = itemsize * a.head_dim * both + WIDE * root_mean_squares if a.qk_norm else 0
     return (values + norms) / tensor
 
 
@@ -109,8 +110,7 @@ def _mla(m: MLAConfig, itemsize: int, tensor: int) -> float:
 def _moe_without_experts(hidden_size: int, m: MoEConfig, itemsize: int, sizes: MeshSizes) -> float:
     width, tensor = itemsize * hidden_size, sizes.tensor
     router = (WIDE * hidden_size if itemsize < WIDE else 0) + 2 * WIDE * m.num_experts + 4 * WIDE * m.top_k
-    rows = m.top_k / tensor * (width + WIDE * hidden_size)
-    if sizes.expert > 1 or tensor > 1:
-        rows += (m.top_k + mean_destinations(m, sizes.expert)) / tensor * WIDE * hidden_size
+    travel = sizes.expert > 1 or tensor > 1
+    rows = m.top_k / tensor * (width + (width if travel else WIDE * hidden_size))
     shared = 4 * itemsize * m.num_shared_experts * m.moe_intermediate_size / tensor
     return width + router + rows + shared + (width if m.shared_expert_gate else 0)

@@ -105,6 +105,10 @@ def check_sizes(config: ModelConfig, sizes: MeshSizes, rules: ResolvedPlan) -> N
     if rules.tensor:
         if config.attention:
             wanted.append(("tensor", sizes.tensor, "num_kv_heads", config.attention.num_kv_heads))
+        if config.attention and config.attention.qk_norm == "projection" and sizes.tensor > 1:
+            raise ValueError(
+                f"tensor = {sizes.tensor} ranks: attention.qk_norm = projection is over all heads; use tensor = 1"
+            )
         if config.mla:
             wanted.append(("tensor", sizes.tensor, "num_heads", config.mla.num_heads))
         if moe is None or moe.first_k_dense:
