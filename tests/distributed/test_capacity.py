@@ -87,7 +87,7 @@ def exchanged(layout: Layout) -> list[int]:
     for bias in (0.0, -100.0):
         model.layers[0].ffn.router.bias[4:] = bias
         traffic = model.layers[0].ffn.dispatcher.traffic
-        traffic.sent = 0
+        traffic.reset()
         with torch.no_grad(), CommDebugMode() as comm:
             model(even_batch(model, meshes.data.get_local_rank()))
         result += [traffic.sent, comm.get_total_counts()]

@@ -18,7 +18,7 @@ def exchanged(table: list[list[int]]) -> tuple[list[float], list[float], int]:
     rank, group = dist.get_rank(), dist.group.WORLD
     send, receive = exchange_sizes(torch.tensor(table[rank]), group)
     assert (send, receive) == (table[rank], [row[rank] for row in table])
-    counted = Traffic()
+    counted = Traffic(ranks_per_node=4)
     exchange = Exchange(send, receive, group, counted)
     rows = (100.0 * rank + torch.arange(sum(send))).unsqueeze(1).requires_grad_()
     came = exchange.wait(exchange.start(rows))

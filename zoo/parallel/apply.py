@@ -28,14 +28,9 @@ from zoo.config import ModelConfig
 from zoo.layers.mla import MLA
 from zoo.model import Decoder
 from zoo.moe.layer import MoE
-from zoo.parallel.capacity import CapacityDispatcher
 from zoo.parallel.collectives import SumGradient, Traffic
-from zoo.parallel.expert_parallel import (
-    AllToAllDispatcher,
-    ExchangeDispatcher,
-    forward_local_experts,
-    forward_overlapped,
-)
+from zoo.parallel.exchange import choose_exchange
+from zoo.parallel.expert_parallel import ExchangeDispatcher, forward_local_experts, forward_overlapped
 from zoo.parallel.mesh import Meshes, MeshSizes
 from zoo.parallel.plan import Plan, ResolvedPlan, resolve
 from zoo.parallel.torch_private import waited
@@ -54,6 +49,8 @@ class ParallelOptions:
             are known beforehand. By default nothing is dropped.
         overlap_shared_experts: Compute shared experts while tokens travel.
         reshard_after_forward: Free gathered parameters after the forward pass and gather them again for the backward.
+        ranks_per_node: Neighbouring ranks that share fast links; where the expert ranks fill several such nodes, a
+            token crosses the network once to a node, not once to a rank. By default all ranks share them.
     """
 
     recompute: Literal["none", "experts", "block"] = "none"
@@ -62,9 +59,12 @@ class ParallelOptions:
     capacity_factor: float | None = None
     overlap_shared_experts: bool = True
     reshard_after_forward: bool = True
+    ranks_per_node: int | None = None
 
 
-def parallelize(model: Decoder, meshes: Meshes, plan: Plan, options: ParallelOptions = ParallelOptions()) -> Decoder:
+def parallelize(
+    model: Decoder, meshes: Meshes, plan: Plan | ResolvedPlan, options: ParallelOptions = ParallelOptions()
+) -> Decoder:
     """Spread ``model`` over the ranks, in place. Every rank calls it.
 
     The forward pass, parameter names and global shapes stay what they were. Gradients are summed over ranks and never
@@ -75,7 +75,7 @@ def parallelize(model: Decoder, meshes: Meshes, plan: Plan, options: ParallelOpt
         model: On the meta device (then ``to_empty``, and ``init.initialize`` or ``weights.load_weights``), or with the
             same weights on every rank.
         meshes: Of this world.
-        plan: Where everything goes.
+        plan: Where everything goes; resolved before where ``model`` is a part of what the plan is for.
         options: Memory, speed and precision.
 
     Returns:
@@ -84,7 +84,7 @@ def parallelize(model: Decoder, meshes: Meshes, plan: Plan, options: ParallelOpt
     Raises:
         ValueError: the plan or the sizes do not fit the model.
     """
-    rules = resolve(plan, model)
+    rules = resolve(plan, model) if isinstance(plan, Plan) else plan
     check_sizes(model.config, meshes.sizes, rules)
     _apply_expert(model, meshes, rules, options)
     _apply_tensor(model, meshes.tensor, rules)
@@ -103,12 +103,12 @@ def check_sizes(config: ModelConfig, sizes: MeshSizes, rules: ResolvedPlan) -> N
         wanted.append(("expert", sizes.expert, "num_experts", moe.num_experts))
         wanted.append(("expert_shard", sizes.expert_shard, "moe_intermediate_size", moe.moe_intermediate_size))
     if rules.tensor:
-        if config.attention:
-            wanted.append(("tensor", sizes.tensor, "num_kv_heads", config.attention.num_kv_heads))
         if config.attention and config.attention.qk_norm == "projection" and sizes.tensor > 1:
             raise ValueError(
                 f"tensor = {sizes.tensor} ranks: attention.qk_norm = projection is over all heads; use tensor = 1"
             )
+        if config.attention:
+            wanted.append(("tensor", sizes.tensor, "num_kv_heads", config.attention.num_kv_heads))
         if config.mla:
             wanted.append(("tensor", sizes.tensor, "num_heads", config.mla.num_heads))
         if moe is None or moe.first_k_dense:
@@ -132,7 +132,7 @@ def moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:
 
 
 def traffic(model: nn.Module) -> list[Traffic]:
-    """The all-to-all traffic of every MoE layer that has a dispatcher between ranks; reset by assigning ``sent``."""
+    """The all-to-all traffic of every MoE layer that has a dispatcher between ranks."""
     return [m.dispatcher.traffic for _, m in moe_layers(model) if isinstance(m.dispatcher, ExchangeDispatcher)]
 
 
@@ -155,17 +155,19 @@ def _apply_expert(model: Decoder, meshes: Meshes, rules: ResolvedPlan, options: 
     if not rules.experts or not apart:
         return
     mesh = meshes.expert
-    tensor_group = meshes.tensor.get_group() if meshes.sizes.tensor > 1 else None
+    make_dispatcher = choose_exchange(
+        mesh,
+        meshes.tensor.get_group() if meshes.sizes.tensor > 1 else None,
+        ranks_per_node=meshes.sizes.world if options.ranks_per_node is None else options.ranks_per_node,
+        capacity_factor=options.capacity_factor,
+    )
     for name, moe in moe_layers(model):
         for parameter_name, parameter in list(moe.experts.named_parameters()):
             dim = rules.experts[f"{name}.experts.{parameter_name}"].expert
             local = parameter.detach().chunk(mesh.size(), dim)[mesh.get_local_rank()].clone()
             sharded = DTensor.from_local(local, mesh, [Shard(dim)], run_check=False)
             setattr(moe.experts, parameter_name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
-        if options.capacity_factor is None:
-            moe.dispatcher = AllToAllDispatcher(mesh.get_group(), tensor_group)
-        else:
-            moe.dispatcher = CapacityDispatcher(mesh.get_group(), tensor_group, factor=options.capacity_factor)
+        moe.dispatcher = make_dispatcher()
         replace_forward(moe.experts, partial(forward_local_experts, moe.experts))
         if options.overlap_shared_experts and moe.shared_experts is not None:
             replace_forward(moe, partial(forward_overlapped, moe))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from zoo.moe.router import RouterOutput
-from zoo.parallel.collectives import Exchange
+from zoo.parallel.collectives import Exchange, Traffic
 from zoo.parallel.expert_parallel import ExchangeDispatcher
 
 
@@ -41,17 +41,24 @@ class CapacityDispatcher(ExchangeDispatcher):
     Unused slots travel as zeros. Every rank must have equally many tokens in each step.
 
     Args:
-        expert_group: Ranks that hold the experts.
+        expert_group: Ranks that hold the experts, in order: rank m has experts m · E / M to (m + 1) · E / M.
+        traffic: Where the bytes are counted.
         tensor_group: Ranks that hold the same tokens.
         factor: Capacity over the balanced load.
     """
 
     def __init__(
-        self, expert_group: dist.ProcessGroup, tensor_group: dist.ProcessGroup | None = None, *, factor: float
+        self,
+        expert_group: dist.ProcessGroup,
+        traffic: Traffic,
+        tensor_group: dist.ProcessGroup | None = None,
+        *,
+        factor: float,
     ) -> None:
         if not factor > 0:
             raise ValueError(f"capacity_factor = {factor}: give a positive number such as 1.25, or none for no limit")
-        super().__init__(expert_group, tensor_group)
+        super().__init__(traffic, tensor_group)
+        self.expert_group, self.ranks = expert_group, dist.get_world_size(expert_group)
         self.factor = factor
 
     def start(self, x: Tensor, routing: RouterOutput) -> Slots:

@@ -17,7 +17,28 @@ from torch import Tensor
 class Traffic:
     """Bytes that this rank sent to other ranks in all-to-alls, forward and backward; what stays here is not counted."""
 
-    sent: int = 0
+    ranks_per_node: int
+    """Neighbouring ranks of the world that share the fast network."""
+    within_node: int = 0
+    between_nodes: int = 0
+
+    @property
+    def sent(self) -> int:
+        """Bytes over either network."""
+        return self.within_node + self.between_nodes
+
+    def reset(self) -> None:
+        """Count from 0 again."""
+        self.within_node = self.between_nodes = 0
+
+    def count(self, rows: list[int], row_bytes: int, group: dist.ProcessGroup) -> None:
+        """Add ``rows`` of ``row_bytes`` bytes that go to each rank of ``group``."""
+        here = dist.get_rank()
+        for rank, sent in zip(dist.get_process_group_ranks(group), rows, strict=True):
+            if rank // self.ranks_per_node != here // self.ranks_per_node:
+                self.between_nodes += sent * row_bytes
+            elif rank != here:
+                self.within_node += sent * row_bytes
 
 
 class Exchange:
@@ -52,9 +73,8 @@ class Exchange:
         """Begin one direction."""
         rows = rows.contiguous()
         out = rows.new_empty((sum(receive), *rows.shape[1:]))
-        here = dist.get_rank(self.group)
         row_bytes = rows.element_size() * rows[0].numel() if len(rows) else 0
-        self.traffic.sent += (sum(send) - send[here]) * row_bytes
+        self.traffic.count(send, row_bytes, self.group)
         work = dist.all_to_all_single(out, rows, receive, send, group=self.group, async_op=True)
         self._flight = (work, rows, out)  # the rows must outlive the sending
 

@@ -4,12 +4,17 @@ A token is sent once to each rank that holds any of its experts, however many of
 as one row, already weighted and summed. That is at most ``most_destinations`` rows a token, which is how node-limited
 routing (arXiv 2405.04434, section 2.2.3) limits the traffic: experts of a group are neighbours, so they share ranks.
 
-Shapes: T tokens, D model, E experts, K top-k, M expert ranks, R rows sent, Q rows received, N routed rows here.
+Where the expert ranks span nodes, it crosses the network once to each node that has any of its experts, to the rank
+there with the same place in its node, and goes on from there over the links within the node (arXiv 2412.19437, section
+3.2.2); the results are summed within the node before they cross back.
+
+Shapes: T tokens, D model, E experts, K top-k, M expert ranks, Q received rows, N routed rows here.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +27,9 @@ from zoo.config import MoEConfig
 from zoo.moe.experts import Experts, experts_grouped, experts_split, grouped_applies
 from zoo.moe.layer import MoE
 from zoo.moe.router import RouterOutput
-from zoo.parallel.collectives import Exchange, Traffic, exchange_sizes, gather_tokens, slice_tokens
+from zoo.parallel.collectives import Traffic, gather_tokens, slice_tokens
+from zoo.parallel.hop import Hop
+from zoo.parallel.rows import copy_rows, weighted_sum_rows
 
 
 def most_destinations(moe: MoEConfig, expert_ranks: int) -> int:
@@ -36,24 +43,12 @@ def most_destinations(moe: MoEConfig, expert_ranks: int) -> int:
     return min(moe.top_k, expert_ranks, reach)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False)
 class Flight:
-    """An exchange under way."""
+    """Tokens under way."""
 
-    rows: Tensor
-    """Link to the rows [Q, D]."""
-    exchange: Exchange
-    weights: Tensor
-    """Link to the weights [Q, K]."""
-    weight_exchange: Exchange
-    experts: Tensor
-    """[Q, K], experts of this rank, numbered from 0; ``local_experts`` stands for an expert elsewhere."""
-    local_experts: int
-    """E / M."""
-    token: Tensor
-    """[R], which token each sent row is."""
-    slice_size: int
-    """Tokens of this rank."""
+    hops: list[Hop]
+    """The first is under way."""
     tokens: int
     """T, tokens of all tensor ranks."""
 
@@ -67,20 +62,20 @@ class Arrived:
     """[N]"""
     row: Tensor
     """[N], which received row each expert row is a copy of."""
+    received: int
+    """Q."""
 
 
 class ExchangeDispatcher(ABC):
     """A ``zoo.moe.dispatch.Dispatcher`` between ranks, in two steps, so that something may be computed between them.
 
     Args:
-        expert_group: Ranks that hold the experts, in order: rank m has experts m·E/M to (m + 1)·E/M.
+        traffic: Where the bytes are counted.
         tensor_group: Ranks that hold the same tokens; each dispatches its share of them.
     """
 
-    def __init__(self, expert_group: dist.ProcessGroup, tensor_group: dist.ProcessGroup | None = None) -> None:
-        self.expert_group, self.tensor_group = expert_group, tensor_group
-        self.ranks = dist.get_world_size(expert_group)
-        self.traffic = Traffic()
+    def __init__(self, traffic: Traffic, tensor_group: dist.ProcessGroup | None = None) -> None:
+        self.traffic, self.tensor_group = traffic, tensor_group
 
     @abstractmethod
     def start(self, x: Tensor, routing: RouterOutput) -> Any:
@@ -108,57 +103,52 @@ class ExchangeDispatcher(ABC):
 
 
 class AllToAllDispatcher(ExchangeDispatcher):
-    """Uneven exchanges, no token dropped. The host waits for the sizes of each."""
+    """Uneven exchanges, no token dropped. The host waits for the sizes of each.
+
+    Args:
+        groups: The hops: of one group, the ranks that hold the experts, in order: rank m has experts m · E / M to
+            (m + 1) · E / M. Of two, the ranks with this one's place in every node, then the ranks of its node.
+        traffic: Where the bytes are counted.
+        tensor_group: Ranks that hold the same tokens.
+    """
+
+    def __init__(
+        self, groups: Sequence[dist.ProcessGroup], traffic: Traffic, tensor_group: dist.ProcessGroup | None = None
+    ) -> None:
+        super().__init__(traffic, tensor_group)
+        self.groups = groups
 
     def start(self, x: Tensor, routing: RouterOutput) -> Flight:
         """See ``ExchangeDispatcher``."""
-        tokens, local_experts = len(x), routing.scores.shape[-1] // self.ranks
-        x, weights, experts = (self.share(t) for t in (x, routing.weights, routing.experts))
-        destination = experts // local_experts
-        wanted = torch.zeros(len(x), self.ranks, dtype=torch.bool, device=x.device).scatter_(1, destination, True)
-        rank, token = wanted.t().nonzero(as_tuple=True)
-        send, receive = exchange_sizes(wanted.sum(0), self.expert_group)
-        there = destination[token] == rank.unsqueeze(1)
-        ids = torch.where(there, experts[token] - rank.unsqueeze(1) * local_experts, local_experts).to(torch.int32)
-        id_exchange, weight_exchange, exchange = (
-            Exchange(send, receive, self.expert_group, self.traffic) for _ in range(3)
-        )
-        received_ids = id_exchange.wait(id_exchange.start(ids))
-        sent_weights = weight_exchange.start(weights[token] * there)
-        rows = exchange.start(x.index_select(0, token))
-        return Flight(
-            rows=rows,
-            exchange=exchange,
-            weights=sent_weights,
-            weight_exchange=weight_exchange,
-            experts=received_ids,
-            local_experts=local_experts,
-            token=token,
-            slice_size=len(x),
-            tokens=tokens,
-        )
+        experts, num_experts = self.share(routing.experts), routing.scores.shape[-1]
+        hops: list[Hop] = []
+        for group in self.groups:
+            hops.append(Hop(experts, num_experts, group, self.traffic))
+            experts, num_experts = hops[-1].experts, hops[-1].num_experts
+        hops[0].start(self.share(x), self.share(routing.weights))
+        return Flight(hops, len(x))
 
     def finish(self, flight: Flight) -> tuple[Tensor, Tensor, Arrived]:
         """See ``ExchangeDispatcher``."""
-        weights = flight.weight_exchange.wait(flight.weights)
-        rows = flight.exchange.wait(flight.rows)
-        ids = flight.experts.flatten()
-        counts = torch.bincount(ids, minlength=flight.local_experts + 1)[: flight.local_experts]
+        *_, last = flight.hops
+        rows, weights = flight.hops[0].wait()
+        for hop in flight.hops[1:]:
+            hop.start(rows, weights)
+            rows, weights = hop.wait()
+        ids = last.experts.flatten()
+        counts = torch.bincount(ids, minlength=last.num_experts + 1)[: last.num_experts]
         # Experts elsewhere have the highest number: they are sorted to the end, and cut off.
         order = ids.argsort(stable=True)[: int(counts.sum())]
-        row = order // flight.experts.shape[1]
-        return rows.index_select(0, row), counts, Arrived(flight, weights.flatten().index_select(0, order), row)
+        row = order // last.experts.shape[1]
+        arrived = Arrived(flight, weights.flatten().index_select(0, order), row, len(rows))
+        return copy_rows(rows, row), counts, arrived
 
     def combine(self, rows: Tensor, state: Arrived) -> Tensor:
-        """See ``ExchangeDispatcher``. Both sums are taken in the dtype of the weights, fp32 at least."""
-        flight, weights = state.flight, state.weights
-        there = rows.new_zeros((len(flight.experts), rows.shape[1]), dtype=weights.dtype)
-        there = there.index_add(0, state.row, rows.to(weights.dtype) * weights.unsqueeze(1))
-        back = Exchange(flight.exchange.receive, flight.exchange.send, self.expert_group, self.traffic)
-        returned = back.wait(back.start(there.to(rows.dtype)))
-        out = returned.new_zeros((flight.slice_size, rows.shape[1]), dtype=weights.dtype)
-        out = out.index_add(0, flight.token, returned.to(weights.dtype)).to(rows.dtype)
-        return self.unshare(out, flight.tokens)
+        """See ``ExchangeDispatcher``. Sums are taken in fp32 at least, and rounded before each hop."""
+        rows = weighted_sum_rows(rows, state.weights, state.row, state.received)
+        for hop in reversed(state.flight.hops):
+            rows = hop.back(rows)
+        return self.unshare(rows, state.flight.tokens)
 
 
 def forward_local_experts(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
