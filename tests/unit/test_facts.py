@@ -15,17 +15,18 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from zoo.harness import facts
-from zoo.harness.facts.build import DATASET, MIRROR, Facts
+from zoo.harness.facts.build import DATASET
 from zoo.harness.facts.passages import TASKS, Inventor, as_text, split_of
 from zoo.harness.facts.world import CAPITAL, COUNTRY, CURRENCY, World, load_world
 from zoo.harness.runner import task_manager
 from zoo.harness.statistics import chance_p_value
+from zoo.harness.suites.dataset import MIRROR, GeneratedData
 
 CONFIG = facts.FactsConfig(cities=120, statements_per_fact=3, questions_per_fact=2, passages=1600, items=400)
 
 
 @pytest.fixture(scope="module")
-def data() -> Facts:
+def data() -> GeneratedData:
     return facts.make(CONFIG)
 
 
@@ -34,7 +35,7 @@ def world() -> World:
     return load_world(CONFIG.cities, CONFIG.cities_per_country)
 
 
-def test_equal_configs_give_equal_data_and_seeds_differ(data: Facts) -> None:
+def test_equal_configs_give_equal_data_and_seeds_differ(data: GeneratedData) -> None:
     assert facts.make(CONFIG) == data
     assert facts.make(facts.FactsConfig(**{**vars(CONFIG), "seed": 1})).training != data.training
 
@@ -46,7 +47,7 @@ def test_world_has_the_facts_that_everyone_can_check(world: World) -> None:
     assert world.value(CURRENCY, "Shanghai") == world.value(CURRENCY, "China")
 
 
-def test_every_knowledge_answer_is_stated_in_training_and_its_question_never_asked(data: Facts) -> None:
+def test_every_knowledge_answer_is_stated_in_training_and_its_question_never_asked(data: GeneratedData) -> None:
     statements = {text for text in data.training if "Imagine" not in text and "Question" not in text}
     asked = "\n".join(text for text in data.training if text.startswith("Question"))
     wordings = {
@@ -62,13 +63,13 @@ def test_every_knowledge_answer_is_stated_in_training_and_its_question_never_ask
         assert value in row["answer"]["aliases"]
 
 
-def test_other_questions_are_asked_in_training(data: Facts, world: World) -> None:
+def test_other_questions_are_asked_in_training(data: GeneratedData, world: World) -> None:
     asked = Counter(text for text in data.training if text.startswith("Question"))
     assert set(asked.values()) == {CONFIG.questions_per_fact}
     assert len(asked) + len(data.tables["knowledge"]) == len(world.facts)
 
 
-def test_no_training_document_holds_an_evaluation_passage_or_one_of_its_facts(data: Facts) -> None:
+def test_no_training_document_holds_an_evaluation_passage_or_one_of_its_facts(data: GeneratedData) -> None:
     training = set(data.training)
     passages = {text.split("\n")[0] for text in training}
     for task, items in data.tables.items():
@@ -97,7 +98,7 @@ def label_and_views(task: str, item: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("task", sorted(TASKS))
-def test_labels_are_balanced_and_no_part_alone_gives_them_away(task: str, world: World, data: Facts) -> None:
+def test_labels_are_balanced_and_no_part_alone_gives_them_away(task: str, world: World, data: GeneratedData) -> None:
     """Naive Bayes over the words of one part, with the training passages to learn from, is at chance."""
     assert Counter(item["label"] for item in data.tables[task]) == {0: CONFIG.items // 2, 1: CONFIG.items // 2}
     inventor = Inventor(world, "train", 3)
@@ -123,7 +124,7 @@ def guess(counts: dict[int, Counter[Any]], features: set[Any]) -> int:
     return int(ratio > 1)
 
 
-def test_guess_rate_of_knowledge_is_that_of_the_most_frequent_answers(data: Facts, world: World) -> None:
+def test_guess_rate_of_knowledge_is_that_of_the_most_frequent_answers(data: GeneratedData, world: World) -> None:
     best = {r.name: world.most_frequent(r) for r in (COUNTRY, CAPITAL, CURRENCY)}
     rows = [row["answer"] for row in data.tables["knowledge"]]
     assert data.guesses["knowledge"] == sum(row["value"] == best[row["type"]] for row in rows) / len(rows) < 0.2
@@ -165,14 +166,14 @@ def score(directory: Path, lm: LM) -> dict[str, float]:
     return {task: results[task].get("acc,none", results[task].get("exact_match,remove_whitespace")) for task in tasks}
 
 
-def reply(data: Facts, answer: Callable[[int, dict[str, Any]], str]) -> dict[str, str]:
+def reply(data: GeneratedData, answer: Callable[[int, dict[str, Any]], str]) -> dict[str, str]:
     return {
         f"Question: {row['question']}\nAnswer:": answer(number, row["answer"])
         for number, row in enumerate(data.tables["knowledge"])
     }
 
 
-def test_tasks_score_an_oracle_one_and_its_opposite_zero(data: Facts, directory: Path) -> None:
+def test_tasks_score_an_oracle_one_and_its_opposite_zero(data: GeneratedData, directory: Path) -> None:
     right = {as_text(task, item) for task in TASKS for item in data.tables[task]}
     oracle = Scripted(right, reply(data, lambda _, a: f" {a['value'].upper()}"), 1)
     assert set(score(directory, oracle).values()) == {1.0}
@@ -180,7 +181,7 @@ def test_tasks_score_an_oracle_one_and_its_opposite_zero(data: Facts, directory:
     assert set(score(directory, opposite).values()) == {0.0}
 
 
-def test_aliases_count_and_half_right_is_half(data: Facts, directory: Path) -> None:
+def test_aliases_count_and_half_right_is_half(data: GeneratedData, directory: Path) -> None:
     right = {as_text(task, item) for task in TASKS for item in data.tables[task] if item["idx"] % 4 < 2}
     lm = Scripted(right, reply(data, lambda number, a: a["aliases"][-1] if number % 2 else "Atlantis"), 1)
     scores = score(directory, lm)
@@ -198,7 +199,7 @@ def test_written_data_is_not_written_again_and_not_mixed_with_another(directory:
         facts.write(facts.FactsConfig(cities=121), directory)
 
 
-def test_training_text_and_mirror_are_laid_out_as_their_readers_expect(data: Facts, directory: Path) -> None:
+def test_training_text_and_mirror_are_laid_out_as_their_readers_expect(data: GeneratedData, directory: Path) -> None:
     lines = (directory / "train.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["text"] for line in lines] == data.training
     assert facts.guess_rates(directory)["facts_boolq"] == 0.5

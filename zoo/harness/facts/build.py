@@ -19,18 +19,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from zoo.files import write_text
 from zoo.harness.facts.passages import TASKS, Inventor, as_text
 from zoo.harness.facts.world import ATTRIBUTION, Fact, World, load_world
+from zoo.harness.suites import dataset
+from zoo.harness.suites.dataset import GeneratedData, Origin
 
 DATASET = "moe-zoo/facts"
-TRAINING_TEXT = "train.jsonl"
-VALIDATION_TEXT = "validation.jsonl"
-MIRROR = "hub"
 MANIFEST = "facts.json"
+ORIGIN = Origin(ATTRIBUTION, "cc-by-4.0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +55,7 @@ class FactsConfig:
             raise ValueError(f"asked_fraction = {self.asked_fraction}: give a number between 0 and 1")
 
 
-@dataclass(frozen=True)
-class Facts:
-    """The data set in memory."""
-
-    training: list[str]
-    validation: list[str]
-    """Documents of the evaluation passages, for perplexity."""
-    tables: dict[str, list[dict[str, Any]]]
-    """Evaluation rows by config: knowledge, boolq, copa, rte."""
-    guesses: dict[str, float]
-    """Score that guessing reaches, by config. For knowledge: always the relation's most frequent answer."""
-
-
-def make(config: FactsConfig) -> Facts:
+def make(config: FactsConfig) -> GeneratedData:
     """The data set that ``config`` describes; equal configs give equal data."""
     world = load_world(config.cities, config.cities_per_country)
     asked, held_out = _divide(world, config)
@@ -91,7 +74,7 @@ def make(config: FactsConfig) -> Facts:
     ]
     random.Random(config.seed).shuffle(validation)
     guessed = sum(fact.value == world.most_frequent(fact.relation) for fact in held_out) / len(held_out)
-    return Facts(
+    return GeneratedData(
         training=training,
         validation=validation,
         tables={"knowledge": [_trivia(fact, i) for i, fact in enumerate(held_out)], **items},
@@ -100,31 +83,8 @@ def make(config: FactsConfig) -> Facts:
 
 
 def write(config: FactsConfig, directory: Path) -> None:
-    """Write the data set into ``directory``, unless it is there already. The manifest comes last.
-
-    Raises:
-        ValueError: ``directory`` holds a data set made from another config.
-    """
-    manifest = directory / MANIFEST
-    if manifest.exists():
-        made_from = json.loads(manifest.read_text(encoding="utf-8"))["config"]
-        if made_from != asdict(config):
-            raise ValueError(
-                f"{directory} was made from {made_from}, not from {asdict(config)}: give another directory"
-            )
-        return
-    facts = make(config)
-    mirror = directory / MIRROR / DATASET
-    mirror.mkdir(parents=True, exist_ok=True)
-    for name, rows in facts.tables.items():
-        (mirror / name).mkdir(exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(rows), mirror / name / "validation-00000-of-00001.parquet")
-    (mirror / "README.md").write_text(_dataset_card(facts.tables), encoding="utf-8")
-    for name, documents in ((TRAINING_TEXT, facts.training), (VALIDATION_TEXT, facts.validation)):
-        lines = (json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in documents)
-        write_text(directory / name, "".join(lines))
-    summary = {"config": asdict(config), "guesses": facts.guesses, "attribution": ATTRIBUTION}
-    write_text(manifest, json.dumps(summary, indent=2) + "\n")
+    """Write the data set into ``directory``; see ``zoo.harness.suites.dataset``."""
+    dataset.write(directory, DATASET, asdict(config), lambda: make(config), ORIGIN)
 
 
 def guess_rates(directory: Path) -> dict[str, float]:
@@ -170,11 +130,3 @@ def _trivia(fact: Fact, number: int) -> dict[str, Any]:
             "value": fact.value,
         },
     }
-
-
-def _dataset_card(tables: Iterable[str]) -> str:
-    configs = "".join(
-        f"- config_name: {name}\n  data_files:\n  - split: validation\n    path: {name}/validation-*.parquet\n"
-        for name in tables
-    )
-    return f"---\nlicense: cc-by-4.0\nconfigs:\n{configs}---\n\nMade by moe-zoo. Facts: {ATTRIBUTION}.\n"
