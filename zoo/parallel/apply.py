@@ -79,7 +79,8 @@ def parallelize(
         options: Memory, speed and precision.
 
     Returns:
-        ``model``; every parameter is a DTensor, and every module of a unit an ``FSDPModule``.
+        ``model``; every parameter is a DTensor, and every module of a unit an ``FSDPModule``. One rank has nothing to
+        spread: its parameters stay plain tensors, unless ``options.param_dtype`` has them cast.
 
     Raises:
         ValueError: the plan or the sizes do not fit the model.
@@ -91,7 +92,8 @@ def parallelize(
     _apply_recompute(model, options.recompute)
     if options.compile_backend is not None:
         _apply_compile(model, options.compile_backend)
-    _apply_data(model, meshes, rules, options)
+    if meshes.sizes.world > 1 or options.param_dtype is not None:
+        _apply_data(model, meshes, rules, options)
     return model
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -26,9 +27,10 @@ def sum_over_data(value: Tensor, meshes: Meshes) -> Tensor:
 
 
 @torch.no_grad()
-def global_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+def global_norm(parameters: Iterable[nn.Parameter], pipeline: DeviceMesh | None = None) -> Tensor:
     """2-norm of all gradients together, each parameter counted once however it is sharded; fp32 at least.
 
+    Where ``parameters`` are those of one stage, ``pipeline`` is the mesh of the stages (``Meshes.pipeline``).
     Every rank calls it; the result is a scalar that is equal on all ranks that hold the same data, up to a gradient
     that is not finite on some rank only (see ``all_finite``).
     """
@@ -50,6 +52,8 @@ def global_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
         for group in groups:
             dist.all_reduce(square, group=group)
         total = total.to(square) + square
+    if pipeline is not None:
+        dist.all_reduce(total, group=pipeline.get_group())
     return total.sqrt()
 
 
@@ -71,11 +75,11 @@ def set_last_micro_batch(model: nn.Module, last: bool) -> None:
     """Reduce gradients in the next backward pass (``last``), or keep them on this rank: call it before each.
 
     Before the last micro-batch of a step nothing is reduced over data ranks: gradients stay as large as the gathered
-    parameters until then.
+    parameters until then. On one rank there is nothing to reduce.
     """
-    assert isinstance(model, FSDPModule)
-    model.set_requires_gradient_sync(last)
-    model.set_is_last_backward(last)
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        model.set_is_last_backward(last)
 
 
 def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[Sequence[nn.Parameter]]:

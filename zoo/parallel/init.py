@@ -18,8 +18,8 @@ def initialize(model: Decoder, seed: int) -> None:
     """
     std = model.config.initializer_range
     for name, parameter in model.named_parameters():
-        assert isinstance(parameter, DTensor)
-        slices, local = local_slices(parameter), parameter.to_local()
+        slices = local_slices(parameter)
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         experts = range(slices[0].start, slices[0].stop)
         for index, values in initial_values(name, parameter.shape, seed, std, experts):
             if isinstance(index, int):

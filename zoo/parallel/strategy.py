@@ -117,8 +117,8 @@ class MoEParallelStrategy(ModelParallelStrategy):
         """
         with torch.device("meta"):
             model = Decoder(config).to(dtype)
-        # Parameters in half precision: their gradients are still summed in fp32.
-        half = None if dtype == torch.float32 else dtype
+        # Parameters in half precision: their gradients are still summed over ranks in fp32.
+        half = None if dtype == torch.float32 or self.world_size == 1 else dtype
         parallelize(model, self.meshes, self.plan, dataclasses.replace(self.options, param_dtype=half))
         model.to_empty(device=self.root_device)
         if source is None:

@@ -22,8 +22,13 @@ def unflatten(mesh: DeviceMesh, sizes: Sequence[int], names: Sequence[str]) -> D
     return mesh._unflatten(0, tuple(sizes), tuple(names))
 
 
-def local_slices(tensor: DTensor) -> tuple[slice, ...]:
-    """Where the local part of ``tensor`` lies in the whole; empty slices on a rank that holds nothing."""
+def local_slices(tensor: Tensor) -> tuple[slice, ...]:
+    """Where the local part of ``tensor`` lies in the whole; empty slices on a rank that holds nothing.
+
+    A tensor that is not distributed is the whole.
+    """
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape)
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 

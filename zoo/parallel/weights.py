@@ -51,11 +51,9 @@ def _check_config(config: ModelConfig, model: Decoder, source: str | Path) -> No
 
 def _fill(model: Decoder, read: Callable[[str, Region, Shape], Tensor]) -> None:
     for name, tensor in model.state_dict().items():
-        sharded = isinstance(tensor, DTensor)
-        region = local_slices(tensor) if sharded else tuple(slice(0, size) for size in tensor.shape)
-        local = tensor.to_local() if sharded else tensor
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if local.numel():
-            local.copy_(read(name, region, tuple(tensor.shape)))
+            local.copy_(read(name, local_slices(tensor), tuple(tensor.shape)))
 
 
 def save_model(
