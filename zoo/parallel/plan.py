@@ -65,7 +65,9 @@ class Plan:
     tensor: tuple[TensorRule, ...] = ()
     full_precision: tuple[str, ...] = ()
 
-    def sizes(self, world: int, *, tensor: int = 1, expert: int = 1, replicate: int | None = None) -> MeshSizes:
+    def sizes(
+        self, world: int, *, pipeline: int = 1, tensor: int = 1, expert: int = 1, replicate: int | None = None
+    ) -> MeshSizes:
         """Mesh sizes for ``world`` ranks; ``replicate`` data ranks hold copies (hybrid sharding), the others shard.
 
         Raises:
@@ -75,14 +77,20 @@ class Plan:
             raise ValueError(f"tensor = {tensor}: this plan splits nothing over tensor ranks; use tp_ep_fsdp, or 1")
         if expert > 1 and not self.experts:
             raise ValueError(f"expert = {expert}: this plan spreads no experts; use ep, ep_fsdp or tp_ep_fsdp, or 1")
-        if tensor < 1 or world % tensor:
-            raise ValueError(f"tensor = {tensor}: it must divide the {world} processes")
-        data = world // tensor
+        if pipeline < 1 or world % pipeline:
+            raise ValueError(f"pipeline = {pipeline}: it must divide the {world} processes")
+        stage = world // pipeline
+        if tensor < 1 or stage % tensor:
+            of_a_stage = " of a stage" if pipeline > 1 else ""
+            raise ValueError(f"tensor = {tensor}: it must divide the {stage} processes{of_a_stage}")
+        data = stage // tensor
         if replicate is None:
             replicate = data if self.data == "replicate" else 1
         if replicate < 1 or data % replicate:
             raise ValueError(f"replicate = {replicate}: it must divide the {data} data ranks")
-        return MeshSizes(data_replicate=replicate, data_shard=data // replicate, tensor=tensor, expert=expert)
+        return MeshSizes(
+            pipeline=pipeline, data_replicate=replicate, data_shard=data // replicate, tensor=tensor, expert=expert
+        )
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,16 @@ class ResolvedPlan:
     tensor: dict[str, Style]
     """Module name → style."""
     full_precision: tuple[str, ...]
+
+    def within(self, part: nn.Module) -> ResolvedPlan:
+        """The same of what ``part`` of the model has, under the names of the whole."""
+        modules, parameters = dict(part.named_modules()), dict(part.named_parameters())
+        return ResolvedPlan(
+            tuple(name for name in self.units if name in modules),
+            {name: rule for name, rule in self.experts.items() if name in parameters},
+            {name: style for name, style in self.tensor.items() if name in modules},
+            tuple(name for name in self.full_precision if name in modules),
+        )
 
 
 def plan_names() -> list[str]:
