@@ -66,6 +66,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
             capacity_factor=capacity_factor,
             overlap_shared_experts=overlap_shared_experts,
             reshard_after_forward=reshard_after_forward,
+            ranks_per_node=ranks_per_node,
         )
         self._meshes: Meshes | None = None
         self._watch: Watch | None = None
@@ -119,7 +120,10 @@ class MoEParallelStrategy(ModelParallelStrategy):
             model = Decoder(config).to(dtype)
         # Parameters in half precision: their gradients are still summed over ranks in fp32.
         half = None if dtype == torch.float32 or self.world_size == 1 else dtype
-        parallelize(model, self.meshes, self.plan, dataclasses.replace(self.options, param_dtype=half))
+        options = dataclasses.replace(self.options, param_dtype=half)
+        if options.ranks_per_node is None:
+            options = dataclasses.replace(options, ranks_per_node=self.num_processes)
+        parallelize(model, self.meshes, self.plan, options)
         model.to_empty(device=self.root_device)
         if source is None:
             init.initialize(model, seed)
