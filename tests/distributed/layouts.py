@@ -93,17 +93,22 @@ class Layout:
     tensor: int = 1
     expert: int = 1
     replicate: int | None = None
+    pipeline: int = 1
 
     @property
     def data(self) -> int:
-        return self.world // self.tensor
+        return self.world // self.tensor // self.pipeline
 
 
 @cache
 def meshes_of(layout: Layout) -> Meshes:
     """The meshes of a layout, once in the life of a worker."""
     sizes = load_plan(layout.plan).sizes(
-        layout.world, tensor=layout.tensor, expert=layout.expert, replicate=layout.replicate
+        layout.world,
+        pipeline=layout.pipeline,
+        tensor=layout.tensor,
+        expert=layout.expert,
+        replicate=layout.replicate,
     )
     return build_meshes("cpu", sizes)
 

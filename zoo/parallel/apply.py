@@ -92,7 +92,7 @@ def parallelize(
     _apply_recompute(model, options.recompute)
     if options.compile_backend is not None:
         _apply_compile(model, options.compile_backend)
-    if meshes.sizes.world > 1 or options.param_dtype is not None:
+    if meshes.sizes.stage > 1 or options.param_dtype is not None:
         _apply_data(model, meshes, rules, options)
     return model
 

@@ -1,9 +1,10 @@
 """One set of ranks, seen in two ways: attention wants data and tensor ranks, experts want expert ranks.
 
-The outermost dimension is the pipeline: each stage has ranks of its own, with two views of its own. The dense view is (data_parallel, tensor_parallel), or (data_replicate, data_shard, tensor_parallel) where copies of
-the model are kept; the sparse view is (expert_replicate, expert_shard, expert_parallel). Both are of the same ranks
-in the same order, the last dimension fastest. So expert parallelism costs no ranks of its own: it folds over the tensor
-ranks first, then over the sharded and then over the replicated data ranks.
+The outermost dimension is the pipeline: each of its stages has ranks of its own, and these two views of them. The dense
+view is (data_parallel, tensor_parallel), or (data_replicate, data_shard, tensor_parallel) where copies of the model are
+kept; the sparse view is (expert_replicate, expert_shard, expert_parallel). Both have the ranks in the same order, the
+last dimension fastest. So expert parallelism costs no ranks of its own: it folds over the tensor ranks first, then over
+the sharded and then over the replicated data ranks.
 """
 
 from __future__ import annotations
@@ -117,10 +118,10 @@ def build_meshes(device_type: str, sizes: MeshSizes) -> Meshes:
     """
     world = dist.get_world_size()
     if sizes.world != world:
-        factors = (sizes.pipeline, sizes.data_replicate, sizes.data_shard, sizes.tensor)
+        factors = " * ".join(map(str, (sizes.pipeline, sizes.data_replicate, sizes.data_shard, sizes.tensor)))
         raise ValueError(
-            f"pipeline * data_replicate * data_shard * tensor = {' * '.join(map(str, factors))} = {sizes.world}: the run "
-            f"has {world} processes; make the product {world}"
+            f"pipeline * data_replicate * data_shard * tensor = {factors} = {sizes.world}: the run has {world} "
+            f"processes; make the product {world}"
         )
     ranks = init_device_mesh(device_type, (world,), mesh_dim_names=("world",))
     stages = unflatten(ranks, (sizes.pipeline, sizes.stage), (PIPELINE, "stage"))
