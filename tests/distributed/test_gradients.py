@@ -60,10 +60,10 @@ def poisoned(layout: Layout, rank: int) -> tuple[bool, bool]:
     """One rank's part of a parameter that tensor ranks hold copies of gets a NaN."""
     model, meshes = make_parallel("mixtral", layout)
     backward(model, meshes)
-    before = all_finite(global_norm(model.parameters()))
+    before = bool(all_finite(global_norm(model.parameters())))
     if torch.distributed.get_rank() == rank:
         model.layers[0].ffn.router.weight.grad.to_local().fill_(float("nan"))
-    return before, all_finite(global_norm(model.parameters()))
+    return before, bool(all_finite(global_norm(model.parameters())))
 
 
 @pytest.mark.parametrize("rank", [0, 3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import pickle
 import shutil
@@ -45,10 +46,13 @@ def arguments(config: Path, run: Path, layout: str | None = None, *more: str) ->
     return [*argv, "--trainer.strategy", plan, "--trainer.devices", devices, *rest]
 
 
-def run_fit(argv: list[str], repository: Path) -> str:
-    """Standard error of ``zoo fit`` in processes of its own."""
-    done = subprocess.run([*FIT, *argv], cwd=repository, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
+def run_fit(argv: list[str], repository: Path, code: int = 0) -> str:
+    """Standard error of ``zoo fit`` in processes of its own, which end with ``code`` and find the tests' callbacks."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "ZOO_TRACEBACK": ""}
+    done = subprocess.run(
+        [*FIT, *argv], cwd=repository, capture_output=True, text=True, timeout=200, check=False, env=environment
+    )
+    assert done.returncode == code, done.stderr
     return done.stderr
 
 
@@ -106,6 +110,46 @@ def test_a_checkpoint_goes_on_in_any_layout(fit_config: Path, tmp_path: Path, re
         go_on(run, step)
         run_fit(arguments(fit_config, run, layout, *more), repository)
         assert_same_run(run, reference)
+
+
+def poisoned(directory: Path, steps: list[int], rank: int) -> tuple[str, ...]:
+    """Arguments of ``zoo fit`` that have a gradient of one rank broken in some steps (``poison.py``)."""
+    path = directory / f"poison-{rank}.yaml"
+    callback = {"class_path": "poison.Poison", "init_args": {"steps": steps, "rank": rank}}
+    path.write_text(json.dumps({"trainer": {"callbacks": [callback]}}))
+    return ("--config", str(path), "--trainer.max_steps", "8", "--checkpoint.every_n_steps", "4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["ddp2", "tp2"])
+def test_all_ranks_skip_a_step_in_which_one_has_a_gradient_that_is_not_finite(
+    fit_config: Path, tmp_path: Path, repository: Path, layout: str
+) -> None:
+    """Both layouts hold copies of the parameter: without the others' agreement they would come apart."""
+    run, alone = tmp_path / layout, tmp_path / "alone"
+    assert fit(arguments(fit_config, alone, None, *poisoned(tmp_path, [3, 4, 6], 0))) == 0
+    more = poisoned(tmp_path, [3, 4, 6], 1)
+    shown = run_fit(arguments(fit_config, run, layout, *more), repository)
+    assert shown.count("is skipped: training gradient norm is not finite") == 3
+    assert [row["train/skipped_steps"] for row in rows(run) if "train/skipped_steps" in row] == [0, 0, 1, 2, 2, 3, 3, 3]
+    assert_same_run(run, alone)
+    held = [torch.load(run / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+    weights = load_file(run / "final" / "model.safetensors")
+    copies = [name for name, part in held[0].items() if part.shape == weights[name.removeprefix("model.")].shape]
+    assert "model.layers.1.ffn.router.weight" in copies
+    assert all(torch.equal(part[name], weights[name.removeprefix("model.")]) for part in held for name in copies)
+    # What was counted is in the checkpoint.
+    before = (run / "metrics.csv").read_bytes()
+    go_on(run, 4)
+    run_fit(arguments(fit_config, run, layout, *more), repository)
+    assert (run / "metrics.csv").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_run_of_skipped_steps_ends_all_ranks(fit_config: Path, tmp_path: Path, repository: Path) -> None:
+    more = (*poisoned(tmp_path, [3, 4], 1), "--model.max_skipped_steps", "1")
+    shown = run_fit(arguments(fit_config, tmp_path / "run", "fsdp2", *more), repository, code=2)
+    assert "training gradient norm = nan at step 4, after 1 skipped steps in a row" in shown
 
 
 @pytest.fixture

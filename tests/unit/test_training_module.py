@@ -16,8 +16,11 @@ from torchmetrics.text import Perplexity
 
 from zoo.model import build
 from zoo.moe.balance import load_balance_loss, z_loss
-from zoo.moe.router import Router
+from zoo.moe.router import Router, update_selection_bias
+from zoo.moe.stats import expert_counts
+from zoo.training.loss import next_token_nll
 from zoo.training.module import ZooModule
+from zoo.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer
 
 B, S, V = 2, 12, 50
 SMALL = {
@@ -136,6 +139,77 @@ def test_the_selection_bias_moves_once_a_step_by_the_load_of_all_micro_batches(t
     assert module.step_expert_counts.tolist() == [counts.long().tolist()]
 
 
+class Poison(Callback):
+    """Makes the loss or a gradient of some optimizer steps, from 0, not finite."""
+
+    def __init__(self, kind: str, steps: tuple[int, ...]) -> None:
+        self.kind, self.steps = kind, steps
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        def infinite(module: Any, args: Any, out: Tensor) -> Tensor:
+            return out * (math.inf if self.kind == "loss" and trainer.global_step in self.steps else 1)
+
+        pl_module.model.norm.register_forward_hook(infinite)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if self.kind == "gradient" and trainer.global_step in self.steps:
+            pl_module.model.norm.weight.grad[3] = math.nan
+
+
+def train_poisoned(module: ZooModule, kind: str, poisoned: tuple[int, ...], tmp_path: Path, steps: int = 6) -> None:
+    trainer = Trainer(
+        max_steps=steps,
+        accumulate_grad_batches=2,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[Poison(kind, poisoned)],
+        gradient_clip_val=0.1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, DataLoader(batches(2 * steps), batch_size=None))
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_moves_nothing_but_the_schedule_and_the_data(kind: str, tmp_path: Path) -> None:
+    schedule = ScheduleConfig(warmup_steps=3)
+    module = ZooModule("deepseek-v3-tiny", BIASED, bias_update_rate=0.01, seed=1, schedule=schedule)
+    train_poisoned(module, kind, (0, 3), tmp_path)
+    assert (module.skipped.total, module.skipped.in_a_row) == (2, 0)
+    assert module.step_metrics["train/skipped_steps"].item() == 2
+
+    model = build(module.spec.model, seed=1)
+    adamw, lr = build_optimizer(model, OptimizerConfig(), schedule, 6)
+    routers = [m for m in model.modules() if isinstance(m, Router)]
+    data = batches(12)
+    for step in range(6):
+        outputs = [(b, model(b["input_ids"], document_ids=b["document_ids"])) for b in data[2 * step : 2 * step + 2]]
+        labels = sum((b["labels"] != -100).sum() for b, _ in outputs)
+        (sum(next_token_nll(out.logits, b["labels"])[0] for b, out in outputs) / labels).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        if step not in (0, 3):
+            adamw.step()
+            for i, router in enumerate(routers):
+                counts = sum(expert_counts(out.router_outputs[i], b["document_ids"] >= 0) for b, out in outputs)
+                update_selection_bias(router.bias, counts, 0.01)
+        adamw.zero_grad()
+        lr.step()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(module.model.state_dict()[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
+    patient = ZooModule("mixtral-tiny", SMALL, max_skipped_steps=2)
+    train_poisoned(patient, "gradient", (0, 1, 3, 4), tmp_path)
+    assert patient.skipped.total == 4
+    module = ZooModule("mixtral-tiny", SMALL, max_skipped_steps=2)
+    with pytest.raises(ValueError, match="training loss = nan at step 4, after 2 skipped steps in a row"):
+        train_poisoned(module, "loss", (1, 2, 3), tmp_path)
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
 def test_validation_leaves_the_model_alone_and_weighs_every_label_the_same(tmp_path: Path) -> None:
     module = ZooModule("deepseek-v3-tiny", BIASED, bias_update_rate=0.5)
     module.configure_model()
@@ -160,6 +234,7 @@ def test_validation_leaves_the_model_alone_and_weighs_every_label_the_same(tmp_p
         ({"name": "mixtral-tiny", "overrides": {"moe": {"top_k": 9}}}, r"moe.top_k = 9: .* num_experts = 8"),
         ({"name": "mixtral-tiny", "overrides": {"moe": {"topk": 2}}}, "unknown key 'topk'; did you mean 'top_k'"),
         ({"name": "mixtral-tiny", "load_balance_coef": -1.0}, "model.load_balance_coef = -1.0"),
+        ({"name": "mixtral-tiny", "max_skipped_steps": -1}, "model.max_skipped_steps = -1"),
         ({"name": "llama-tiny", "z_loss_coef": 0.1}, "model.z_loss_coef = 0.1: llama-tiny has no experts"),
         ({"name": "mixtral-tiny", "bias_update_rate": 0.1}, "mixtral-tiny has no selection bias"),
     ],

@@ -304,7 +304,7 @@ def validate(study: Study, model: Any, data: Path) -> dict[str, Any]:
     from zoo.moe.stats import expert_counts, expert_load
     from zoo.training.data import TokenDataModule
     from zoo.training.data.packing import PADDING_DOCUMENT
-    from zoo.training.module import next_token_nll
+    from zoo.training.loss import next_token_nll
 
     module = TokenDataModule(data, study.training.sequence_length, study.training.batch_size)
     total, labels, counts = 0.0, 0, []

@@ -22,7 +22,8 @@ def sum_over_data(value: Tensor, meshes: Meshes) -> Tensor:
     batch (``zoo.moe.balance``): tensor ranks route the same tokens, and are not summed over.
     """
     total = value.detach().clone()
-    dist.all_reduce(total, group=meshes.data.get_group())
+    if meshes.sizes.data > 1:
+        dist.all_reduce(total, group=meshes.data.get_group())
     return total
 
 
@@ -64,11 +65,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: Te
         torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
 
 
-def all_finite(value: Tensor) -> bool:
-    """Whether ``value`` is finite on every rank of the world: the same answer everywhere, so that all skip or none."""
-    finite = torch.isfinite(value.detach()).all().to(torch.int32)
+def all_finite(values: Tensor) -> Tensor:
+    """Which of ``values`` are finite on every rank of the world: the same answer on all, so that all skip or none."""
+    finite = torch.isfinite(values.detach()).to(torch.int32)
     dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-    return bool(finite)
+    return finite.bool()
 
 
 def set_last_micro_batch(model: nn.Module, last: bool) -> None:

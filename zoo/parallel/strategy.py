@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -40,8 +39,6 @@ class MoEParallelStrategy(ModelParallelStrategy):
         overlap_shared_experts: Compute shared experts while tokens travel.
         reshard_after_forward: Free gathered parameters between forward and backward.
         compile_backend: ``torch.compile`` every block with this backend.
-        ranks_per_node: Neighbouring ranks that share fast links; experts over several such nodes are reached in two
-            hops. By default the processes of one machine.
         timeout: Seconds after which a collective that some rank does not join is an error.
     """
 
@@ -57,7 +54,6 @@ class MoEParallelStrategy(ModelParallelStrategy):
         overlap_shared_experts: bool = True,
         reshard_after_forward: bool = True,
         compile_backend: str | None = None,
-        ranks_per_node: int | None = None,
         timeout: float = 600.0,
     ) -> None:
         super().__init__(timeout=timedelta(seconds=timeout))
@@ -138,14 +134,9 @@ class MoEParallelStrategy(ModelParallelStrategy):
         """Sum over the ranks with different batches."""
         return grads.sum_over_data(value, self.meshes)
 
-    def global_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """2-norm of all gradients; not finite on every rank where it is not finite on one."""
-        norm = grads.global_norm(parameters)
-        return norm if grads.all_finite(norm) else norm.new_full((), torch.nan)
-
-    def clip_gradients(self, parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> None:
-        """Scale all gradients so that their norm, now ``norm``, is at most ``max_norm``."""
-        grads.clip_gradients(parameters, max_norm, norm)
+    def all_finite(self, values: Tensor) -> Tensor:
+        """Which of ``values`` are finite on every rank."""
+        return grads.all_finite(values)
 
     def set_last_micro_batch(self, model: nn.Module, last: bool) -> None:
         """Reduce gradients in the next backward pass only if it is the ``last`` of the step."""

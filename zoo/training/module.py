@@ -1,18 +1,18 @@
 """The Lightning module: any ``ModelConfig``, the next-token loss, the balance losses and the optimizer.
 
-Shapes: B batch, S sequence, V vocabulary, E experts, L MoE layers.
+Shapes: E experts, L MoE layers.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from omegaconf import OmegaConf
@@ -22,12 +22,11 @@ from torchmetrics import MeanMetric
 from zoo.config import ModelConfig, ModelSpec, from_dict, to_dict
 from zoo.families import expressible
 from zoo.model import Decoder, DecoderOutput, build
-from zoo.moe.balance import load_balance_loss, z_loss
 from zoo.moe.router import Router, update_selection_bias
-from zoo.moe.stats import expert_counts
+from zoo.parallel import grads
 from zoo.parallel.strategy import MoEParallelStrategy
 from zoo.registry import find_spec
-from zoo.training.data.packing import IGNORED, PADDING_DOCUMENT
+from zoo.training.loss import Scope, StepSums, micro_batch_sums, next_token_nll
 from zoo.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer
 
 ADAMW = OptimizerConfig()
@@ -35,22 +34,12 @@ COSINE = ScheduleConfig()
 
 
 @dataclass
-class StepSums:
-    """Sums over the micro-batches of one optimizer step. The losses are weighted with the micro-batch's labels."""
+class SkippedSteps:
+    """Steps that moved nothing, because the loss or the gradient norm was not finite."""
 
-    labels: Tensor
-    nll: Tensor
-    load_balance: Tensor
-    z: Tensor
-    expert_counts: Tensor
-    """[L, E] assignments; L = 0 in a dense model."""
-
-    def __add__(self, other: StepSums) -> StepSums:
-        return StepSums(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> StepSums:
-        """``function`` of every sum."""
-        return StepSums(*(function(getattr(self, f.name)) for f in dataclasses.fields(self)))
+    total: int = 0
+    in_a_row: int = 0
+    """Up to the last step; 0 if that was not skipped."""
 
 
 class ZooModule(LightningModule):
@@ -73,6 +62,8 @@ class ZooModule(LightningModule):
         optimizer: AdamW's settings.
         schedule: Warm-up and decay of the learning rate.
         seed: Seed of the fresh weights.
+        max_skipped_steps: Steps in a row that may be skipped because the loss or the gradient norm is not finite; one
+            more ends the run.
 
     Raises:
         ValueError: an unknown model, overrides that do not fit it, or balance settings of a model without experts.
@@ -83,12 +74,13 @@ class ZooModule(LightningModule):
         name: str,
         overrides: dict[str, Any] | None = None,
         load_balance_coef: float = 0.0,
-        balance_scope: Literal["micro_batch", "sequence"] = "micro_batch",
+        balance_scope: Scope = "micro_batch",
         z_loss_coef: float = 0.0,
         bias_update_rate: float = 0.0,
         optimizer: OptimizerConfig = ADAMW,
         schedule: ScheduleConfig = COSINE,
         seed: int = 0,
+        max_skipped_steps: int = 10,
     ) -> None:
         super().__init__()
         self.checkpoint = Path(name) if Path(name).is_dir() else None
@@ -100,6 +92,10 @@ class ZooModule(LightningModule):
         self.optimizer_config = optimizer
         self.schedule = schedule
         self.seed = seed
+        self.max_skipped_steps = max_skipped_steps
+        self.skipped = SkippedSteps()
+        if max_skipped_steps < 0:
+            raise ValueError(f"model.max_skipped_steps = {max_skipped_steps}: give 0 or more")
         self._check_balance(self.spec.model)
         self.model: Decoder | None = None
         self.val_loss = MeanMetric().set_dtype(torch.float64)
@@ -170,48 +166,11 @@ class ZooModule(LightningModule):
             assert self.model is not None
             # Lightning's own flag: nothing public says which micro-batch is the last of a step.
             self.parallel.set_last_micro_batch(self.model, not self.trainer.fit_loop._should_accumulate())
-        sums = self.micro_batch_sums(self(batch), batch)
+        sums = micro_batch_sums(self(batch), batch, self.balance_scope, self.parallel)
         loss = sums.nll + self.load_balance_coef * sums.load_balance + self.z_loss_coef * sums.z
         detached = sums.map(Tensor.detach)
         self.step_sums = detached if self.step_sums is None else self.step_sums + detached
         return loss
-
-    def micro_batch_sums(self, output: DecoderOutput, batch: Mapping[str, Tensor]) -> StepSums:
-        """The terms of the loss, with gradient, and the expert counts of one micro-batch."""
-        nll, count = next_token_nll(output.logits, batch["labels"])
-        routing = output.router_outputs
-        if not routing:
-            zero = nll.new_zeros(())
-            return StepSums(count, nll, zero, zero, count.new_zeros(0, 0))
-        tokens = batch["document_ids"] != PADDING_DOCUMENT
-        counts = torch.stack([expert_counts(r, tokens) for r in routing])
-        per_token, per_balance, whole_counts = self._balance_weights(count, tokens, counts)
-        balance = load_balance_loss(routing, tokens, self.balance_scope, counts=whole_counts)
-        return StepSums(
-            labels=count,
-            nll=nll,
-            load_balance=per_balance * balance,
-            z=per_token * z_loss(routing, tokens),
-            expert_counts=counts,
-        )
-
-    def _balance_weights(
-        self, labels: Tensor, tokens: Tensor, counts: Tensor
-    ) -> tuple[Tensor, Tensor, Sequence[Tensor] | None]:
-        """(weight of the z-loss, weight of the load-balance loss, counts that it is taken with).
-
-        With several processes a micro-batch is the rows of all data ranks, as one process would see it: this rank's
-        means are weighted with its share of the tokens (or of the sequences), and experts are counted over all.
-        """
-        if self.parallel is None:
-            return labels, labels, None
-        mine = torch.stack((labels, tokens.sum().float(), tokens.any(dim=1).sum().float()))
-        whole = self.parallel.sum_over_data(mine)
-        share = mine / whole.clamp(min=1)
-        per_token, per_sequence = whole[0] * share[1], whole[0] * share[2]
-        if self.balance_scope == "sequence":
-            return per_token, per_sequence, None
-        return per_token, per_token, list(self.parallel.sum_over_data(counts))
 
     def on_validation_epoch_start(self) -> None:
         """Sum in fp64, also where all of the module was cast (``bf16-true`` casts the metric's sums as well)."""
@@ -248,9 +207,11 @@ class ZooModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the gradients of the summed loss into those of the mean, and collect the step's metrics.
 
+        A step whose loss or gradient norm is not finite on any rank is skipped by all: the optimizer leaves parameters
+        without gradients, and their moments, as they are.
+
         Raises:
-            ValueError: the loss or a gradient is not finite, on every rank alike; the parameters are still those of the
-                step before.
+            ValueError: one more than ``max_skipped_steps`` in a row, on every rank alike.
         """
         parallel, sums = self.parallel, self.step_sums
         assert sums is not None
@@ -260,29 +221,50 @@ class ZooModule(LightningModule):
         load_balance, z = sums.load_balance / labels, sums.z / labels
         lm_loss = sums.nll / labels
         loss = lm_loss + self.load_balance_coef * load_balance + self.z_loss_coef * z
-        self._check_finite("loss", loss)
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
         # Lightning divided each micro-batch's sum by their number.
-        for gradient in gradients:
-            gradient.mul_(self.trainer.accumulate_grad_batches / labels)
-        norm = parallel.global_norm(self.parameters()) if parallel else torch.nn.utils.get_total_norm(gradients)
-        self._check_finite("gradient norm", norm)
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(self.trainer.accumulate_grad_batches / labels)
+        norm = grads.global_norm(self.parameters())
+        values = torch.stack((loss, norm))
+        finite = values.isfinite() if parallel is None else parallel.all_finite(values)
+        loss, norm = values.where(finite, torch.nan)
+        if finite.all():
+            self.skipped.in_a_row = 0
+        else:
+            self._skip("gradient norm" if finite[0] else "loss")
+            optimizer.zero_grad()
         self.step_metrics = {
             "train/loss": loss,
             "train/lm_loss": lm_loss,
             "train/grad_norm": norm,
             "train/lr": torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64),
+            "train/skipped_steps": torch.tensor(self.skipped.total),
         }
         if self.spec.model.moe:
             self.step_metrics |= {"train/load_balance_loss": load_balance, "train/z_loss": z}
 
-    def _check_finite(self, name: str, value: Tensor) -> None:
-        if not torch.isfinite(value):
+    def _skip(self, name: str) -> None:
+        """Count a step in which the value ``name`` is not finite, and say so."""
+        step = self.global_step + 1
+        if self.skipped.in_a_row == self.max_skipped_steps:
             raise ValueError(
-                f"training {name} = {value.item()} at step {self.global_step + 1}: the run is stopped before the "
-                "update; lower model.optimizer.lr, lengthen model.schedule.warmup_steps, or set "
+                f"training {name} = nan at step {step}, after {self.skipped.in_a_row} skipped steps in a row: the run "
+                "is stopped before the update; lower model.optimizer.lr, lengthen model.schedule.warmup_steps, or set "
                 "trainer.gradient_clip_val"
             )
+        self.skipped.total += 1
+        self.skipped.in_a_row += 1
+        if self.trainer.is_global_zero:
+            print(f"step {step} is skipped: training {name} is not finite", file=sys.stderr)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep how many steps were skipped."""
+        checkpoint["skipped_steps"] = dataclasses.asdict(self.skipped)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.skipped = SkippedSteps(**checkpoint["skipped_steps"])
 
     def configure_gradient_clipping(
         self,
@@ -298,11 +280,7 @@ class ZooModule(LightningModule):
         if gradient_clip_algorithm not in (None, "norm"):
             raise ValueError("trainer.gradient_clip_algorithm = value: only norm is supported; remove it")
         if gradient_clip_val:
-            norm = self.step_metrics["train/grad_norm"]
-            if self.parallel is None:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
-            else:
-                self.parallel.clip_gradients(self.parameters(), gradient_clip_val, norm)
+            grads.clip_gradients(self.parameters(), gradient_clip_val, self.step_metrics["train/grad_norm"])
 
     def optimizer_step(
         self,
@@ -311,22 +289,19 @@ class ZooModule(LightningModule):
         optimizer: Any,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Step, then move the selection biases by the load of all micro-batches of the step (arXiv 2408.15664)."""
+        """Step, then move the selection biases by the load of all micro-batches of the step (arXiv 2408.15664).
+
+        A skipped step moves no bias either.
+        """
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         sums, self.step_sums = self.step_sums, None
         assert sums is not None and self.model is not None
         self.step_expert_counts = sums.expert_counts
-        if self.bias_update_rate:
+        if self.bias_update_rate and not self.skipped.in_a_row:
             routers = [m for m in self.model.modules() if isinstance(m, Router)]
             for router, counts in zip(routers, sums.expert_counts, strict=True):
                 assert router.bias is not None
                 update_selection_bias(router.bias, counts, self.bias_update_rate)
-
-
-def next_token_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """logits [B, S, V], labels [B, S] with -100 to ignore → (sum of −ln p in nats fp32, number of labels fp32)."""
-    nll = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    return nll, (labels != IGNORED).sum().float()
 
 
 def _resolve(name: str, overrides: dict[str, Any]) -> ModelSpec:

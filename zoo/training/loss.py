@@ -1,0 +1,95 @@
+"""The terms of the training loss of one micro-batch, as sums that can be added over micro-batches and over ranks.
+
+Shapes: B batch, S sequence, V vocabulary, E experts, L MoE layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.model import DecoderOutput
+from zoo.moe.balance import load_balance_loss, z_loss
+from zoo.moe.stats import expert_counts
+from zoo.parallel.strategy import MoEParallelStrategy
+from zoo.training.data.packing import IGNORED, PADDING_DOCUMENT
+
+Scope = Literal["micro_batch", "sequence"]
+
+
+@dataclass
+class StepSums:
+    """Sums over the micro-batches of one optimizer step. The losses are weighted with the micro-batch's labels."""
+
+    labels: Tensor
+    nll: Tensor
+    load_balance: Tensor
+    z: Tensor
+    expert_counts: Tensor
+    """[L, E] assignments; L = 0 in a dense model."""
+
+    def __add__(self, other: StepSums) -> StepSums:
+        return StepSums(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> StepSums:
+        """``function`` of every sum."""
+        return StepSums(*(function(getattr(self, f.name)) for f in dataclasses.fields(self)))
+
+
+def next_token_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """logits [B, S, V], labels [B, S] with -100 to ignore → (sum of −ln p in nats fp32, number of labels fp32)."""
+    nll = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return nll, (labels != IGNORED).sum().float()
+
+
+def micro_batch_sums(
+    output: DecoderOutput, batch: Mapping[str, Tensor], scope: Scope, parallel: MoEParallelStrategy | None
+) -> StepSums:
+    """The terms of the loss, with gradient, and the expert counts of one micro-batch.
+
+    Args:
+        output: Of the model, for ``batch``.
+        batch: ``labels`` and ``document_ids``, each [B, S].
+        scope: Whether the load fractions of the balance loss are taken over the micro-batch or over each sequence.
+        parallel: What spreads the micro-batch over ranks, if it is spread: its terms are this rank's share then.
+    """
+    nll, count = next_token_nll(output.logits, batch["labels"])
+    routing = output.router_outputs
+    if not routing:
+        zero = nll.new_zeros(())
+        return StepSums(count, nll, zero, zero, count.new_zeros(0, 0))
+    tokens = batch["document_ids"] != PADDING_DOCUMENT
+    counts = torch.stack([expert_counts(r, tokens) for r in routing])
+    whole_counts: Sequence[Tensor] | None = None
+    per_token, per_balance = count, count
+    if parallel is not None:
+        per_token, per_sequence = _shares(count, tokens, parallel)
+        if scope == "sequence":
+            per_balance = per_sequence
+        else:
+            per_balance, whole_counts = per_token, list(parallel.sum_over_data(counts))
+    return StepSums(
+        labels=count,
+        nll=nll,
+        load_balance=per_balance * load_balance_loss(routing, tokens, scope, counts=whole_counts),
+        z=per_token * z_loss(routing, tokens),
+        expert_counts=counts,
+    )
+
+
+def _shares(labels: Tensor, tokens: Tensor, parallel: MoEParallelStrategy) -> tuple[Tensor, Tensor]:
+    """Weights of a mean over this rank's tokens, and of one over its sequences.
+
+    A micro-batch is the rows of all data ranks, as one process would see it: its labels weigh its mean, of which this
+    rank's is a part by its share of the tokens (or sequences).
+    """
+    mine = torch.stack((labels, tokens.sum().float(), tokens.any(dim=1).sum().float()))
+    whole = parallel.sum_over_data(mine)
+    share = mine / whole.clamp(min=1)
+    return whole[0] * share[1], whole[0] * share[2]
