@@ -39,6 +39,8 @@ class MoEParallelStrategy(ModelParallelStrategy):
         overlap_shared_experts: Compute shared experts while tokens travel.
         reshard_after_forward: Free gathered parameters between forward and backward.
         compile_backend: ``torch.compile`` every block with this backend.
+        ranks_per_node: Neighbouring ranks that share fast links; experts over several such nodes are reached in two
+            hops. By default the processes of one machine.
         timeout: Seconds after which a collective that some rank does not join is an error.
     """
 
@@ -54,6 +56,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
         overlap_shared_experts: bool = True,
         reshard_after_forward: bool = True,
         compile_backend: str | None = None,
+        ranks_per_node: int | None = None,
         timeout: float = 600.0,
     ) -> None:
         super().__init__(timeout=timedelta(seconds=timeout))
