@@ -32,7 +32,7 @@ class LayerParameters:
     """Parameters of one layer, by block."""
 
     norms: int
-    """The two RMSNorms before mixer and FFN."""
+    """The norms before and after mixer and FFN."""
     mixer: int
     """Attention or MLA with the norms and biases inside it."""
     dense_ffn: int = 0
@@ -171,11 +171,11 @@ def _layer(config: ModelConfig, layer: int) -> LayerParameters:
     width = config.hidden_size
     mixer = _mla_parameters(width, config.mla) if config.mla else _attention_parameters(width, _attention(config))
     if not config.is_moe_layer(layer):
-        return LayerParameters(norms=2 * width, mixer=mixer, dense_ffn=_swiglu(width, config.intermediate_size))
+        return LayerParameters(norms=_norms(config), mixer=mixer, dense_ffn=_swiglu(width, config.intermediate_size))
     moe = _moe(config)
     expert = _swiglu(width, moe.moe_intermediate_size)
     return LayerParameters(
-        norms=2 * width,
+        norms=_norms(config),
         mixer=mixer,
         router=moe.num_experts * width,
         routed_experts=moe.num_experts * expert,
@@ -222,7 +222,12 @@ def _mla_vectors(m: MLAConfig) -> int:
 def _non_matmul(config: ModelConfig) -> int:
     """Parameters of one layer that are added or multiplied element by element: norms and biases."""
     inside = _mla_vectors(config.mla) if config.mla else _attention_vectors(config.hidden_size, _attention(config))
-    return 2 * config.hidden_size + inside
+    return _norms(config) + inside
+
+
+def _norms(config: ModelConfig) -> int:
+    """Parameters of the norms around the mixer and the FFN of one layer."""
+    return (4 if config.norm_placement == "both" else 2) * config.hidden_size
 
 
 def _mean_visible(sequence_length: int, window: int | None) -> float:

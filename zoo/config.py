@@ -140,6 +140,8 @@ class ModelConfig:
     attention: AttentionConfig | None = None
     mla: MLAConfig | None = None
     moe: MoEConfig | None = None
+    norm_placement: Literal["before", "after", "both"] = "before"
+    """Where the norms of a block stand: before the mixer and the FFN, after them inside the residual, or both."""
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 

@@ -40,24 +40,26 @@ class DecoderOutput:
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + ffn(norm(x)); the FFN is dense or MoE."""
+    """x + norm(mixer(norm(x))), then x + norm(ffn(norm(x))), of both norms those that there are; dense or MoE FFN."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        before, after = config.norm_placement != "after", config.norm_placement != "before"
+        self.mixer_norm = _norm(config) if before else nn.Identity()
         self.mixer: Attention | MLA = Attention(config) if config.attention else MLA(config)
-        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer_post_norm = _norm(config) if after else nn.Identity()
+        self.ffn_norm = _norm(config) if before else nn.Identity()
         self.ffn = MoE(config) if config.is_moe_layer(layer) else SwiGLU(config.hidden_size, config.intermediate_size)
+        self.ffn_post_norm = _norm(config) if after else nn.Identity()
 
     def forward(
         self, x: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor], cache: LayerCache | None
     ) -> tuple[Tensor, RouterOutput | None]:
         """x [B, S, D] → ([B, S, D], the routing where the FFN is MoE)."""
-        x = x + self.mixer(self.mixer_norm(x), layout, rotary, cache)
+        x = x + self.mixer_post_norm(self.mixer(self.mixer_norm(x), layout, rotary, cache))
         out = self.ffn(self.ffn_norm(x))
-        if isinstance(out, tuple):
-            return x + out[0], out[1]
-        return x + out, None
+        out, routing = out if isinstance(out, tuple) else (out, None)
+        return x + self.ffn_post_norm(out), routing
 
 
 class Decoder(nn.Module):
@@ -68,7 +70,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm = _norm(config)
         self.lm_head = (
             None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
@@ -128,6 +130,10 @@ class Decoder(nn.Module):
         """An empty cache for ``batch_size`` rows of at most ``max_length`` tokens, in the model's dtype and device."""
         layers = [cast(Block, block).mixer.new_cache(batch_size, max_length) for block in self.layers]
         return Cache(layers, batch_size, max_length)
+
+
+def _norm(config: ModelConfig) -> nn.Module:
+    return RMSNorm(config.hidden_size, config.norm_eps)
 
 
 def _rotary_size(config: ModelConfig) -> int:

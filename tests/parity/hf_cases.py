@@ -76,6 +76,8 @@ CASES: dict[str, dict[str, Any]] = {
     "llama-yarn": {**_GQA, "model_type": "llama", "rope_scaling": _YARN},
     "mistral": {**_GQA, "model_type": "mistral", "sliding_window": 20},
     "qwen2": {**_GQA, "model_type": "qwen2"},
+    "qwen3": {**_GQA, "model_type": "qwen3"},
+    "olmo2": {**_GQA, "model_type": "olmo2", "pad_token_id": None},
     "mixtral": {
         **_GQA,
         "model_type": "mixtral",

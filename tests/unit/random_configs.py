@@ -74,6 +74,7 @@ def model_configs(draw: st.DrawFn, *, sparse: bool | None = None, max_layers: in
         norm_eps=1e-6,
         rope=RopeConfig(theta=10000.0),
         moe=draw(moe_configs(num_layers)) if has_moe else None,
+        norm_placement=draw(st.sampled_from(["before", "after", "both"])),
         tie_word_embeddings=draw(st.booleans()),
         **mixer,
     )

@@ -37,14 +37,23 @@ def test_a_twin_differs_only_in_its_ffn_and_is_within_the_tolerance(
         assert measure(twin, by, length) == pytest.approx(target, rel=TOLERANCE)
 
 
+WITHOUT_DENSE_RELATIVES = {"olmoe"}
+"""Families whose attention no published dense family has."""
+
+
 @pytest.mark.parametrize("by", DESCRIPTIONS)
-@pytest.mark.parametrize("name", SPARSE_NAMES)
+@pytest.mark.parametrize("name", [n for n in SPARSE_NAMES if find_spec(n).family not in WITHOUT_DENSE_RELATIVES])
 def test_every_sparse_model_of_the_zoo_has_a_twin_that_can_be_exported(name: str, by: Quantity) -> None:
     spec = find_spec(name)
     twin = match(spec, by)
     assert measure(twin.model, by, 4096) == pytest.approx(measure(spec.model, by, 4096), rel=TOLERANCE)
     assert twin.model.intermediate_size % MULTIPLE == 0
     assert FAMILIES[twin.family].to_hf(twin.model)["num_hidden_layers"] == spec.model.num_layers
+
+
+@pytest.mark.parametrize("name", [n for n in SPARSE_NAMES if find_spec(n).family in WITHOUT_DENSE_RELATIVES])
+def test_a_twin_that_no_family_can_express_has_none(name: str) -> None:
+    assert match(find_spec(name), "active").family is None
 
 
 def test_mixtrals_active_twin_has_two_experts_width() -> None:

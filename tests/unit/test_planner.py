@@ -159,7 +159,8 @@ def saved_bytes(config: ModelConfig, ids: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize(
-    "name", ["mixtral-tiny", "deepseek-v3-tiny", "qwen2-moe-tiny", "qwen3-moe-tiny", "olmoe-tiny", "llama-tiny"]
+    "name",
+    ["mixtral-tiny", "deepseek-v3-tiny", "qwen2-moe-tiny", "qwen3-moe-tiny", "olmoe-tiny", "llama-tiny", "olmo2-tiny"],
 )
 def test_activations_are_what_autograd_saves(name: str) -> None:
     """In fp32 on one process, within 3%; the CPU's norms, which are not fused, save their normalised input as well."""

@@ -14,6 +14,7 @@ from zoo.families import (
     llama,
     mistral,
     mixtral,
+    olmo2,
     olmoe,
     qwen2,
     qwen2_moe,
@@ -21,7 +22,20 @@ from zoo.families import (
 )
 from zoo.families.base import Family
 
-_MODULES = (llama, mistral, qwen2, mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_moe, deepseek_v2, deepseek_v3)
+_MODULES = (
+    llama,
+    mistral,
+    qwen2,
+    qwen3,
+    olmo2,
+    mixtral,
+    qwen2_moe,
+    qwen3_moe,
+    olmoe,
+    deepseek_moe,
+    deepseek_v2,
+    deepseek_v3,
+)
 
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
 """Name → family, plainest first: the order in which ``expressible`` tries them."""

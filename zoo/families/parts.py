@@ -29,8 +29,9 @@ def read_decoder(
     attention: AttentionConfig | None = None,
     mla: MLAConfig | None = None,
     moe: MoEConfig | None = None,
+    **fixed: Any,
 ) -> ModelConfig:
-    """The fields around the blocks, which all families spell alike."""
+    """The fields around the blocks, which all families spell alike; ``fixed`` are what a family has in its code."""
     fields.expect("hidden_act", "silu")
     fields.expect("attention_dropout", 0)
     return ModelConfig(
@@ -46,6 +47,7 @@ def read_decoder(
         moe=moe,
         tie_word_embeddings=fields.take(bool, "tie_word_embeddings", False),
         initializer_range=fields.take(float, "initializer_range", 0.02),
+        **fixed,
     )
 
 

@@ -24,6 +24,19 @@ class MoENames:
     shared_experts: str = "shared_experts"
 
 
+NORMS: dict[str, tuple[tuple[str, str], ...]] = {
+    "before": (("input_layernorm", "mixer_norm"), ("post_attention_layernorm", "ffn_norm")),
+    "after": (("post_attention_layernorm", "mixer_post_norm"), ("post_feedforward_layernorm", "ffn_post_norm")),
+    "both": (
+        ("input_layernorm", "mixer_norm"),
+        ("post_attention_layernorm", "mixer_post_norm"),
+        ("pre_feedforward_layernorm", "ffn_norm"),
+        ("post_feedforward_layernorm", "ffn_post_norm"),
+    ),
+}
+"""``norm_placement`` → (published, our) names of the norms of a block."""
+
+
 def decoder_map(config: ModelConfig, layout: Layout, names: MoENames = MoENames()) -> list[Op]:
     """The whole weight map of a decoder; every family here differs by ``names`` only."""
     ops: list[Op] = [
@@ -34,8 +47,8 @@ def decoder_map(config: ModelConfig, layout: Layout, names: MoENames = MoENames(
         ops.append(Rename("lm_head.weight", "lm_head.weight"))
     for i in range(config.num_layers):
         theirs, ours = f"model.layers.{i}", f"layers.{i}"
-        ops.append(Rename(f"{theirs}.input_layernorm.weight", f"{ours}.mixer_norm.weight"))
-        ops.append(Rename(f"{theirs}.post_attention_layernorm.weight", f"{ours}.ffn_norm.weight"))
+        for their_part, our_part in NORMS[config.norm_placement]:
+            ops.append(Rename(f"{theirs}.{their_part}.weight", f"{ours}.{our_part}.weight"))
         for their_part, our_part in _mixer(config):
             ops.append(Rename(f"{theirs}.self_attn.{their_part}", f"{ours}.mixer.{our_part}"))
         if config.is_moe_layer(i):

@@ -4,7 +4,7 @@ Counted is what autograd saves in the forward pass of ``zoo.layers`` and ``zoo.m
 flash attention kernel. Routed rows are those of a balanced router. Per token, with b bytes an element (2 in bf16-mixed)
 and t tensor ranks:
 
-    norms       2 (b D + 4): their inputs, and an fp32 root mean square each
+    norms       2 (b D + 4): their inputs, and an fp32 root mean square each; 4 where they stand before and after
     attention   b D + b d (2 H + 2 G) / t + 4 H / t: input; q, k, v and the output; an fp32 log-sum-exp.
                 With norms of q and k their inputs as well: b d (H + G) / t + 4 (H + G) / t, of
                 norms over all heads together b d (H + G) + 8
@@ -60,7 +60,8 @@ def block_activations(config: ModelConfig, layer: int, itemsize: int, sizes: Mes
     else:
         assert config.attention is not None
         mixer = _attention(config.attention, itemsize, tensor)
-    common = 2 * (width + WIDE) + width + mixer
+    norms = 4 if config.norm_placement == "both" else 2
+    common = norms * (width + WIDE) + width + mixer
     if not config.is_moe_layer(layer):
         ffn = width + 4 * itemsize * config.intermediate_size / tensor
         return BlockActivations(common + ffn, 0.0, width)
