@@ -54,7 +54,7 @@ class LocalDispatcher:
         tokens, top_k = state.weights.shape
         chosen: Tensor = _Permute.apply(rows, state.place)
         weights = state.weights.unsqueeze(1)
-        out = torch.bmm(weights, chosen.view(tokens, top_k, -1).to(weights.dtype))
+        out = torch.bmm(weights, chosen.view(tokens, top_k, rows.shape[1]).to(weights.dtype))
         return out.squeeze(1).to(rows.dtype)
 
 
