@@ -22,13 +22,17 @@ _BUILD_EXAMPLE = """example:
 _TRAIN_EXAMPLE = """example:
   zoo data train-tokenizer --vocab-size 4096 --out tokenizer/ books.txt more.jsonl
 """
+_MAKE_EXAMPLE = """example:
+  zoo data make phone_book --out data/phone_book --set entries=50000 seed=1
+"""
+_GENERATORS = ("facts", "phone_book", "shortest_path")
 _INFO_EXAMPLE = """example:
   zoo data info data/books --verify
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define ``zoo data build | train-tokenizer | info``."""
+    """Define ``zoo data build | train-tokenizer | make | info``."""
     parser.description = "Make token data and tokenizers out of text files and hub data sets."
     parser.epilog = _BUILD_EXAMPLE
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -57,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--out", required=True, type=Path, metavar="DIR", help="tokenizer directory to make")
     train.add_argument("--json", action="store_true", help="print size and fingerprint as JSON")
 
+    make = _command(commands, "make", "generate training text with the questions of a task", _MAKE_EXAMPLE)
+    make.add_argument("generator", choices=_GENERATORS, help="what to generate")
+    make.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="of its config, such as seed=1")
+    make.add_argument("--out", required=True, type=Path, metavar="DIR", help="train.jsonl, and hub/ for --data-root")
+    make.add_argument("--json", action="store_true", help="print the config")
+
     info = _command(commands, "info", "show what a data directory holds", _INFO_EXAMPLE)
     info.add_argument("directory", type=Path, metavar="DIR", help="data directory")
     info.add_argument("--verify", action="store_true", help="read every file and compare it with its SHA-256")
@@ -65,7 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the chosen command."""
-    return {"build": _build, "train-tokenizer": _train_tokenizer, "info": _info}[args.data_command](args)
+    commands = {"build": _build, "train-tokenizer": _train_tokenizer, "make": _make, "info": _info}
+    return commands[args.data_command](args)
 
 
 def _command(
@@ -130,6 +141,14 @@ def _train_tokenizer(args: argparse.Namespace) -> int:
         )
     else:
         print(f"{args.out}: {tokenizer.vocab_size} pieces, fingerprint {tokenizer.fingerprint[:12]}")
+    return 0
+
+
+def _make(args: argparse.Namespace) -> int:
+    from zoo.harness.suites.generators import generate
+
+    config = generate(args.generator, args.set, args.out)
+    print(json.dumps(config) if args.json else f"{args.generator} in {args.out}: {json.dumps(config)}")
     return 0
 
 

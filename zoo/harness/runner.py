@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import difflib
+import inspect
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ import lm_eval
 from datasets.exceptions import DatasetsError
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._index import Kind
 from lm_eval.utils import handle_non_serializable, hash_string, sanitize_list
 
 from zoo.files import replacing
@@ -108,8 +110,13 @@ class _MirrorFactory(TaskFactory):
 
     def _load_full_config(self, entry: Entry, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
         config: dict[str, Any] = super()._load_full_config(entry, overrides)
-        names_files = "data_files" in (config.get("dataset_kwargs") or {})  # of dataset_path "json" and the like
-        if self._data_root is not None and "dataset_path" in config and not names_files:
+        if self._data_root is None:
+            return config
+        options = config.get("dataset_kwargs") or {}
+        load = config.get("custom_dataset")
+        if load is not None and "data_root" in inspect.signature(load).parameters:
+            config["dataset_kwargs"] = {**options, "data_root": str(self._data_root.absolute())}
+        elif "dataset_path" in config and "data_files" not in options:  # as dataset_path "json" and the like have
             directory = (self._data_root / config["dataset_path"]).absolute()
             if not directory.is_dir():
                 raise ValueError(
@@ -118,13 +125,13 @@ class _MirrorFactory(TaskFactory):
                 )
             config["dataset_path"] = str(directory)
             # A cache of its own: datasets' usual one takes two mirrors for one where their files are named alike.
-            config["dataset_kwargs"] = {**(config.get("dataset_kwargs") or {}), "cache_dir": self._cache.name}
+            config["dataset_kwargs"] = {**options, "cache_dir": self._cache.name}
         return config
 
     def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Any:
         try:
             return super()._build_task(entry, overrides)
-        except (DatasetsError, OSError, ValueError) as error:
+        except (DatasetsError, ImportError, OSError, ValueError) as error:
             source = "the hub" if self._data_root is None else str(self._data_root)
             raise ValueError(f"task {entry.name!r} with data from {source}: {error}") from error
 
@@ -142,7 +149,7 @@ def task_manager(tasks: Sequence[str], include_path: Path | None, data_root: Pat
     folders = tuple(path for path in (evaluation_dir(), include_path) if path is not None)
     # Reading lm-eval's thousands of YAMLs takes seconds: only where a task is not one of ours.
     manager = _indexed(folders, stock=False)
-    if not all(task in manager.task_index for task in tasks):
+    if not _knows(manager, tasks):
         manager = _indexed(folders, stock=True)
     for task in tasks:
         if task not in manager.task_index:
@@ -151,6 +158,18 @@ def task_manager(tasks: Sequence[str], include_path: Path | None, data_root: Pat
             raise ValueError(f"unknown task {task!r}; {hint}")
     manager._factory = _MirrorFactory(data_root)
     return manager
+
+
+def _knows(manager: TaskManager, tasks: Sequence[str]) -> bool:
+    """Whether all of ``tasks``, and those that groups among them name, are in the index."""
+    for task in tasks:
+        entry = manager.task_index.get(task)
+        if entry is None:
+            return False
+        members = (entry.cfg or {}).get("task", []) if entry.kind == Kind.GROUP else []
+        if not _knows(manager, [member for member in members if isinstance(member, str)]):
+            return False
+    return True
 
 
 @lru_cache(maxsize=4)

@@ -17,7 +17,7 @@ from zoo.harness.suites.dataset import GeneratedData, Origin
 
 DATASET = "moe-zoo/phone_book"
 TASK = "phone_book"
-_ORIGIN = Origin("Random names and numbers", "cc0-1.0")
+ORIGIN = Origin("Random names and numbers", "cc0-1.0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,4 +71,4 @@ def as_text(name: str, number: str) -> str:
 
 def write(config: PhoneBookConfig, directory: Path) -> None:
     """Write the phone book into ``directory``; see ``zoo.harness.suites.dataset``."""
-    dataset.write(directory, DATASET, asdict(config), lambda: make(config), _ORIGIN)
+    dataset.write(directory, DATASET, asdict(config), lambda: make(config), ORIGIN)

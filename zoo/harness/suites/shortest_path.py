@@ -20,7 +20,7 @@ from zoo.harness.suites.dataset import GeneratedData, Origin
 
 DATASET = "moe-zoo/shortest_path"
 TASK = "shortest_path"
-_ORIGIN = Origin("Random graphs", "cc0-1.0")
+ORIGIN = Origin("Random graphs", "cc0-1.0")
 _MAX_DRAWS = 10_000
 """Graphs tried for one question: at the default sizes every second or third one serves."""
 
@@ -71,7 +71,7 @@ def make(config: ShortestPathConfig) -> GeneratedData:
 
 def write(config: ShortestPathConfig, directory: Path) -> None:
     """Write the graphs into ``directory``; see ``zoo.harness.suites.dataset``."""
-    dataset.write(directory, DATASET, asdict(config), lambda: make(config), _ORIGIN)
+    dataset.write(directory, DATASET, asdict(config), lambda: make(config), ORIGIN)
 
 
 def as_text(item: Item) -> str:
