@@ -135,6 +135,7 @@ class Run:
 
     model: str
     steps: int = 5
+    lr: float = 0.01
     accumulate: int = 1
     max_norm: float | None = 0.5
     bias_rate: float = 0.0
@@ -182,7 +183,7 @@ def train(
         if run.idle:
             assert router.bias is not None
             router.bias[list(run.idle)] = -100.0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=0.1)
     losses, norms = [], []
     for step in range(run.steps):
         micros = [make(step, rank, micro) for micro in range(run.accumulate) for rank in data_ranks]

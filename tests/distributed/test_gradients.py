@@ -10,7 +10,6 @@ import torch
 from layouts import (
     LAYOUTS,
     MODELS,
-    PLAIN,
     Layout,
     Run,
     batch,
@@ -147,17 +146,6 @@ def test_half_precision_trains_close_to_single(pools: Pools, layout: str) -> Non
     run = Run("mixtral", steps=3, dtype=torch.float32)
     (result, *_) = pools[4].run(train_parallel, run, LAYOUTS[layout], ParallelOptions(param_dtype=torch.bfloat16))
     np.testing.assert_allclose(result["loss"], train_alone(run, LAYOUTS[layout].data)["loss"], rtol=0.02)
-
-
-@pytest.mark.parametrize("layout", ["fsdp2_ep2", "tp2_ep2"])
-def test_single_precision_stays_within_its_rounding(pools: Pools, layout: str) -> None:
-    """fp32 within 1e-5; Adam divides by the root of tiny second moments, so that parameters are held by their steps."""
-    run = Run("mixtral", steps=1, dtype=torch.float32, max_norm=None)
-    expected = train_alone(run, LAYOUTS[layout].data)
-    for result in pools[4].run(train_parallel, run, LAYOUTS[layout], PLAIN):
-        for name, values in expected.items():
-            if not name.startswith("param/"):
-                np.testing.assert_allclose(result[name], values, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 def unwaited(layout: Layout) -> int:
