@@ -28,7 +28,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     rows = [("name", "family", "source", "total", "active")]
     rows += [
-        (s.name, s.family, s.source or "-", short(c.total), short(c.active)) for s, c in zip(specs, counts, strict=True)
+        (s.name, s.family or "-", s.source or "-", short(c.total), short(c.active))
+        for s, c in zip(specs, counts, strict=True)
     ]
     print(columns(rows, left=3))
     return 0

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from zoo.config import CONFIG_FILE, ModelConfig, ModelSpec, load_spec
-from zoo.families import get_family
+from zoo.families import exporting_family
 from zoo.model import Decoder
 from zoo.parallel.torch_private import gathered, local_slices
 from zoo.weights.convert import open_published, open_zoo, write_published
@@ -94,7 +94,7 @@ def export(
     """
     _check_config(spec.model, model, f"spec {spec.name!r}")
     state = model.state_dict()
-    ops = get_family(spec.family).weight_map(spec.model)
+    ops = exporting_family(spec).weight_map(spec.model)
     tensors = (pair for op in ops for pair in op.to_published(lambda name: _whole(state[name])))
     dtype = str(state["embed_tokens.weight"].dtype).removeprefix("torch.")
     tokenizer = None if tokenizer_dir is None else Path(tokenizer_dir)

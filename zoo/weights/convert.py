@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.config import CONFIG_FILE, ModelConfig, ModelSpec, load_spec, save_spec
-from zoo.families import get_family
+from zoo.families import exporting_family
 from zoo.registry import published_spec, read_json
 from zoo.weights.hub import download, is_hub_id
 from zoo.weights.ops import Op, Region, Shape, source_shapes
@@ -112,7 +112,7 @@ def export_checkpoint(
     if not (directory / CONFIG_FILE).is_file():
         raise ValueError(f"{directory}: no {CONFIG_FILE} in it; give a zoo checkpoint directory")
     spec = load_spec(directory / CONFIG_FILE)
-    ops = get_family(spec.family).weight_map(spec.model)
+    ops = exporting_family(spec).weight_map(spec.model)
     with open_zoo(directory, spec.model) as tensors:
         converted = tracked(Stream(ops, tensors, to_zoo=False), "exporting", progress)
         dtype = tensors.dtype("embed_tokens.weight")
@@ -137,7 +137,7 @@ def write_published(
         ValueError: the family cannot express the model, or ``hf_dir`` exists.
         OSError: ``hf_dir`` cannot be written.
     """
-    published = get_family(spec.family).to_hf(spec.model)
+    published = exporting_family(spec).to_hf(spec.model)
     with new_directory(Path(hf_dir)) as aside:
         if tokenizer_dir is not None:
             copy_tokenizer(tokenizer_dir, aside, spec.model.vocab_size)
@@ -193,7 +193,7 @@ def published_directory(source: str | Path) -> Path:
 def open_published(directory: Path) -> Iterator[tuple[ModelSpec, Stream]]:
     """The model in a published directory and its tensors under our names, checked but not read yet."""
     spec = published_spec(directory)
-    family = get_family(spec.family)
+    family = exporting_family(spec)
     ignored = family.ignored(read_json(directory / "config.json"))
     with TensorSource(directory) as source:
         fused = any(name.endswith(".experts.gate_up_proj") for name in source.entries)
