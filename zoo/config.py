@@ -175,8 +175,8 @@ class ModelSpec:
     """A named model: what one file of ``configs/models`` and the ``zoo.yaml`` of a checkpoint hold."""
 
     name: str
-    family: str
-    """Module of ``zoo/families`` that maps this model's weights to and from the published layout."""
+    family: str | None
+    """Module of ``zoo/families`` that maps this model's weights to and from the published layout, where one can."""
     model: ModelConfig
     source: str | None = None
     """Hub id of the published weights, where there are any."""

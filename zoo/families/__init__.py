@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from zoo.config import ModelConfig
+from zoo.config import ModelConfig, ModelSpec
 from zoo.families import (
     deepseek_moe,
     deepseek_v2,
@@ -72,18 +72,29 @@ def family_of(hf: Mapping[str, Any], where: str = "config.json") -> Family:
     raise ValueError(f"{where}: model_type = {model_type!r} is not supported; it must be one of {known}")
 
 
-def expressible(config: ModelConfig) -> str:
+def expressible(config: ModelConfig) -> str | None:
     """Name of the first family that can hold ``config``: how a derived model, such as a dense twin, gets one.
 
     Raises:
-        ValueError: none can, saying why for each.
+        ValueError: it has none, saying why for each.
     """
-    reasons = []
-    for family in FAMILIES.values():
-        try:
-            family.to_hf(config)
-        except ValueError as error:
-            reasons.append(str(error))
-        else:
-            return family.name
-    raise ValueError("no family can express this model: " + "; ".join(reasons))
+    ``None`` where no published architecture can: the model trains and is evaluated like any other, and is not exported.
+    """
+    return next((family.name for family in FAMILIES.values() if _refusal(family, config) is None), None)
+
+
+def exporting_family(spec: ModelSpec) -> Family:
+    """The family in whose layout ``spec`` is published.
+
+    if spec.family is not None:
+        return get_family(spec.family)
+    reasons = "; ".join(str(_refusal(family, spec.model)) for family in FAMILIES.values())
+    raise ValueError(f"{spec.name}: no published architecture can hold this model: {reasons}")
+
+
+def _refusal(family: Family, config: ModelConfig) -> ValueError | None:
+    try:
+        family.to_hf(config)
+    except ValueError as error:
+        return error
+    return None
