@@ -11,7 +11,7 @@ from pool import Pools, WorkerPool
 @pytest.fixture(scope="session")
 def pools() -> Iterator[Pools]:
     """World size → its pool; processes start when first used."""
-    made = {world: WorkerPool(world) for world in (2, 4)}
+    made = {world: WorkerPool(world) for world in (1, 2, 4)}
     yield made
     for pool in made.values():
         pool.close()

@@ -7,8 +7,9 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from layouts import LAYOUTS, MODELS, PLAIN, Layout, Result, Run, train_alone, train_parallel
+from layouts import LAYOUTS, MODELS, PLAIN, Layout, Result, Run, make_parallel, train_alone, train_parallel
 from pool import Pools
+from torch.distributed.tensor import DTensor
 
 from zoo.parallel.apply import ParallelOptions
 
@@ -64,6 +65,22 @@ def test_five_steps_in_single_precision_stay_within_1e_5(pools: Pools, model: st
                 scale = max(scale, MODELS[model].initializer_range)
             tolerance = 0.0 if name.startswith("buffer/") else 1e-5 * scale
             np.testing.assert_allclose(result[name], values, rtol=0, atol=tolerance, err_msg=name)
+
+
+def train_on_one_rank(run: Run, layout: Layout, options: ParallelOptions) -> tuple[Result, bool]:
+    model, _ = make_parallel(run.model, layout, run.dtype)
+    plain = not any(isinstance(p, DTensor) for p in model.parameters())
+    return train_parallel(run, layout, options), plain
+
+
+@pytest.mark.parametrize("plan", ["fsdp", "tp_ep_fsdp"])
+def test_one_rank_trains_bit_for_bit_as_one_process(pools: Pools, plan: str) -> None:
+    """There is nothing to spread: parameters are plain tensors, and nothing is wrapped."""
+    run = Run("deepseek-v3", steps=3, accumulate=2, bias_rate=0.01, dtype=torch.float32)
+    ((result, plain),) = pools[1].run(train_on_one_rank, run, Layout(plan, 1), ParallelOptions(recompute="block"))
+    assert plain
+    for name, values in alone(run, 1).items():
+        np.testing.assert_array_equal(result[name], values, err_msg=name)
 
 
 MANY = ["fsdp2", "ep2", "tp2", "fsdp2_ep2", "tp2_ep2"]
