@@ -124,7 +124,7 @@ def test_a_variant_differs_only_in_its_ffn_and_keeps_the_active_parameters(confi
     try:
         variant = sparse_config(config, s)
     except ValueError as error:
-        assert "no expert width gives" in str(error)
+        assert "no expert width gives" in str(error) or "routed experts are" in str(error)
         return
     moe = variant.moe
     assert moe is not None
