@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
-import re
 import shutil
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from zoo.files import replacing, sync
+from zoo.parallel.checkpoint_index import Reader
 from zoo.parallel.torch_private import local_slices
 
 META_FILE = "meta.pt"
@@ -39,22 +40,80 @@ Tensors = dict[str, Tensor]
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def save(path: Path, tensors: Tensors, meta: dict[str, Any]) -> None:
-    """Write a checkpoint beside ``path``, sync it to disk, then rename it. Every rank calls it.
+class Saver:
+    """Writes checkpoints, one at a time. Every rank makes one, and calls its methods in the same order.
+
+    Args:
+        timeout: After which a rank that does not join the others is an error; torch's own by default.
+        background: Copy the tensors to host memory and write them in a thread while training goes on. Its collectives
+            go through a group of its own: nothing says in which order they meet those of the training.
+    """
+
+    def __init__(self, timeout: timedelta | None, *, background: bool) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=timeout)
+        self._background = background
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._staged: Tensors = {}
+        self._writing: Future[None] | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether this rank's part in the last checkpoint is over, well or not."""
+        return self._writing is None or self._writing.done()
+
+    def save(self, path: Path, tensors: Tensors, meta: dict[str, Any]) -> None:
+        """Write a checkpoint, or begin to; afterwards ``tensors`` and ``meta`` may change.
+
+        Raises:
+            OSError: on every rank, where one could not write this one or, in the background, the one before.
+        """
+        self.wait()
+        packed = io.BytesIO()
+        torch.save(meta, packed)
+        if self._background:
+            self._stage(tensors)
+            self._writing = self._thread.submit(_write, path, self._staged, packed.getvalue(), self._group)
+        else:
+            _write(path, tensors, packed.getvalue(), self._group)
+
+    def wait(self) -> None:
+        """Return once no checkpoint is being written.
+
+        Raises:
+            OSError: on every rank, where one could not write the last one.
+        """
+        if self._writing is None:
+            return
+        error = self._writing.exception()
+        self._writing = None
+        if error is not None:
+            raise error
+
+    @torch.no_grad()
+    def _stage(self, tensors: Tensors) -> None:
+        """Copy ``tensors``, into the memory of the last copy where there is one."""
+        for name, tensor in tensors.items():
+            if name in self._staged:
+                self._staged[name].copy_(tensor)
+            else:
+                self._staged[name] = tensor.detach().to("cpu", copy=True)
+
+
+def _write(path: Path, tensors: Tensors, meta: bytes, group: dist.ProcessGroup) -> None:
+    """Write beside ``path``, sync to disk, then rename.
 
     A rank that is killed meanwhile leaves ``path`` and all other checkpoints as they were.
-
-    Raises:
-        OSError: on every rank, where one of them cannot write.
     """
     aside = path.with_name(PARTIAL.format(path.name))
+    # Staged tensors are in host memory already; without looking ahead torch does not touch a GPU from the thread.
+    writer = FileSystemWriter(aside, per_thread_copy_ahead=0)
     try:
-        on_first_rank(lambda: _prepare(aside))
+        _on_first_rank(lambda: _prepare(aside), group)
         # Its own steps are collective: it returns once every rank has synced its files, and raises on all or none.
-        dcp.save(tensors, storage_writer=FileSystemWriter(aside))
-        on_first_rank(lambda: _complete(aside, path, meta))
-    except (OSError, RuntimeError, CheckpointException) as error:
-        on_first_rank(lambda: shutil.rmtree(aside, ignore_errors=True))
+        dcp.save(tensors, storage_writer=writer, process_group=group)
+        _on_first_rank(lambda: _complete(aside, path, meta), group)
+    except (OSError, CheckpointException) as error:
+        _on_first_rank(lambda: shutil.rmtree(aside, ignore_errors=True), group)
         raise unwritable(path, error) from error
 
 
@@ -79,15 +138,15 @@ def _cause(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def on_first_rank(function: Callable[[], None]) -> None:
-    """Let rank 0 call ``function``; all ranks wait for it, and raise what it raises. Every rank calls this."""
-    outcome: list[Exception | None] = [None]
+def _on_first_rank(function: Callable[[], None], group: dist.ProcessGroup) -> None:
+    """Let rank 0 call ``function``; all ranks wait for it, and raise the ``OSError`` that it raises."""
+    outcome: list[OSError | None] = [None]
     if dist.get_rank() == 0:
         try:
             function()
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             outcome = [error]
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[0] is not None:
         raise outcome[0]
 
@@ -98,9 +157,9 @@ def _prepare(aside: Path) -> None:
     aside.mkdir(parents=True)
 
 
-def _complete(aside: Path, path: Path, meta: dict[str, Any]) -> None:
+def _complete(aside: Path, path: Path, meta: bytes) -> None:
     with replacing(aside / META_FILE) as file:
-        torch.save(meta, file)
+        file.write(meta)
     sync(aside)
     if path.exists():
         remove(path)
@@ -144,7 +203,7 @@ def load(path: Path, model: Tensors, optimizer: torch.optim.Optimizer, names: di
     """Fill ``model`` and ``optimizer`` from a checkpoint of any layout, and return the rest of it. Every rank calls it.
 
     Args:
-        path: directory of ``save``, or file of a run in one process.
+        path: directory that a ``Saver`` wrote, or file of a run in one process.
         model: state dict of this rank's shards.
         optimizer: over the same parameters in the same groups.
         names: of the optimizer's parameters.
@@ -154,8 +213,8 @@ def load(path: Path, model: Tensors, optimizer: torch.optim.Optimizer, names: di
     """
     if path.is_file():
         return _load_file(path, model, optimizer, names)
-    reader = _Reader(path)
-    stored = _stored(reader)
+    reader = Reader(path)
+    stored = reader.tensors()
     _check_names(path, {key.removeprefix(MODEL) for key in stored if key.startswith(MODEL)}, model)
     parameters = {name: parameter for parameter, name in names.items()}
     states: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
@@ -175,8 +234,8 @@ def load(path: Path, model: Tensors, optimizer: torch.optim.Optimizer, names: di
 
 def load_alone(path: Path) -> dict[str, Any]:
     """The checkpoint in ``path`` as the one dict that one process would have saved."""
-    reader = _Reader(path)
-    tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in _stored(reader).items()}
+    reader = Reader(path)
+    tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in reader.tensors().items()}
     dcp.load(tensors, storage_reader=reader, no_dist=True)
     checkpoint: dict[str, Any] = torch.load(path / META_FILE, map_location="cpu", weights_only=True)
     checkpoint["state_dict"] = {k.removeprefix(MODEL): t for k, t in tensors.items() if k.startswith(MODEL)}
@@ -235,53 +294,3 @@ def _check_names(path: Path, found: Iterable[str], model: Tensors) -> None:
     different = sorted(set(found) ^ model.keys())
     if different:
         raise ValueError(f"{path}: tensor {different[0]!r} is in the checkpoint or in the model, but not in both")
-
-
-def _stored(reader: FileSystemReader) -> dict[str, TensorStorageMetadata]:
-    entries = reader.read_metadata().state_dict_metadata
-    return {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
-
-
-class _Reader(FileSystemReader):
-    """torch's, except that its index, which is a pickle, can hold nothing but descriptions of tensors."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index.
-
-        Raises:
-            ValueError: it names a file outside the checkpoint, or holds anything that an index does not.
-        """
-        metadata = _IndexUnpickler((Path(self.path) / ".metadata").read_bytes()).load()
-        for info in metadata.storage_data.values():
-            if not re.fullmatch(r"__\d+_\d+\.distcp", info.relative_path):
-                raise ValueError(f"{self.path}: names {info.relative_path!r} as a file of its own; it is not one")
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    _CLASSES = frozenset(
-        {
-            *(
-                f"torch.distributed.checkpoint.metadata.{name}"
-                for name in (
-                    *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "ChunkStorageMetadata"),
-                    *("TensorProperties", "_MEM_FORMAT_ENCODING"),
-                )
-            ),
-            "torch.distributed.checkpoint.filesystem._StorageInfo",
-            "torch.serialization._get_layout",
-            "torch.Size",
-            "pathlib.PosixPath",
-        }
-    )
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(io.BytesIO(data))
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Look up one of the few names that an index needs."""
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if f"{module}.{name}" not in self._CLASSES and not is_dtype:
-            raise ValueError(f"the checkpoint's index holds {module}.{name}; it was not written by zoo fit")
-        return super().find_class(module, name)

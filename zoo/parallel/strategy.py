@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from zoo.parallel import grads, init
 from zoo.parallel.apply import ParallelOptions, parallelize
 from zoo.parallel.mesh import Meshes, MeshSizes, build_meshes
 from zoo.parallel.plan import Plan, load_plan
-from zoo.parallel.supervise import Launcher, Watch
+from zoo.parallel.supervise import MEETING_SECONDS, Launcher, Watch, end_process
 from zoo.parallel.weights import load_weights
 
 
@@ -41,6 +42,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
         compile_backend: ``torch.compile`` every block with this backend.
         ranks_per_node: Neighbouring ranks that share fast links; experts over several such nodes are reached in two
             hops. By default the processes of one machine.
+        async_save: Go on training while a checkpoint is written, from a copy of this rank's part of it in host memory.
         timeout: Seconds after which a collective that some rank does not join is an error.
     """
 
@@ -57,9 +59,12 @@ class MoEParallelStrategy(ModelParallelStrategy):
         reshard_after_forward: bool = True,
         compile_backend: str | None = None,
         ranks_per_node: int | None = None,
+        async_save: bool = True,
         timeout: float = 600.0,
     ) -> None:
-        super().__init__(timeout=timedelta(seconds=timeout))
+        # torch's own ends the rank that waits first, and names nobody: the watch comes before it.
+        super().__init__(timeout=timedelta(seconds=timeout + MEETING_SECONDS))
+        self._patience = timeout
         self.plan = load_plan(plan)
         self._sizes = {"tensor": tensor, "expert": expert, "replicate": replicate}
         self.options = ParallelOptions(
@@ -72,6 +77,8 @@ class MoEParallelStrategy(ModelParallelStrategy):
         )
         self._meshes: Meshes | None = None
         self._watch: Watch | None = None
+        self._async_save = async_save
+        self._saver: sharded.Saver | None = None
 
     @property
     def meshes(self) -> Meshes:
@@ -92,8 +99,10 @@ class MoEParallelStrategy(ModelParallelStrategy):
         self._meshes = build_meshes(self.root_device.type, sizes)
         self._device_mesh = self._meshes.dense
         self.lightning_module._device_mesh = self._meshes.dense
+        self._saver = sharded.Saver(self._timeout, background=self._async_save)
         if self.world_size > 1:
-            self._watch = Watch(self.global_rank, self.world_size)
+            end = self._launcher.end if isinstance(self._launcher, Launcher) else end_process
+            self._watch = Watch(self.global_rank, self.world_size, self._patience, end)
             self._watch.start()
 
     def _configure_launcher(self) -> None:
@@ -102,7 +111,15 @@ class MoEParallelStrategy(ModelParallelStrategy):
             self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def on_exception(self, exception: BaseException) -> None:
-        """Let the other ranks know; end this one where another rank is the reason."""
+        """Finish the checkpoint under way and let the other ranks know; end this one where another is the reason.
+
+        The watch ends a rank that waits here for one that is gone.
+        """
+        if self._saver is not None:
+            try:
+                self._saver.wait()
+            except (OSError, RuntimeError) as error:
+                print(f"zoo: error: {error}", file=sys.stderr)
         if self._watch is not None and isinstance(exception, Exception):
             self._watch.fail(exception)
 
@@ -161,17 +178,30 @@ class MoEParallelStrategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a sharded checkpoint. Every rank calls it.
+        """Write a sharded checkpoint, or begin to (``async_save``). Every rank calls it.
 
         Raises:
-            OSError: on every rank, where one of them cannot write; earlier checkpoints are intact.
+            OSError: on every rank, where one could not write this one or the one begun before; others are intact.
         """
+        assert self._saver is not None
         (optimizer,) = checkpoint["optimizer_states"]
         tensors = {f"{sharded.MODEL}{name}": tensor for name, tensor in checkpoint["state_dict"].items()}
         tensors |= {f"{sharded.OPTIMIZER}{name}": tensor for name, tensor in optimizer["state"].items()}
         meta = {key: value for key, value in checkpoint.items() if key != "state_dict"}
         meta["optimizer_states"] = [{"param_groups": optimizer["param_groups"]}]
-        sharded.save(Path(self.broadcast(str(filepath))), tensors, meta)
+        self._saver.save(Path(self.broadcast(str(filepath))), tensors, meta)
+
+    def saved(self, *, wait: bool) -> bool:
+        """Whether the last checkpoint stands, the same on every rank. Every rank calls it, and may ``wait`` for it.
+
+        Raises:
+            OSError: on every rank, where one could not write it; earlier checkpoints are intact.
+        """
+        assert self._saver is not None
+        if not wait and not self.reduce_boolean_decision(self._saver.idle, all=True):
+            return False
+        self._saver.wait()
+        return True
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Fill model and optimizer from a checkpoint of any layout, or of one process. Every rank calls it.

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from zoo.files import replacing
 from zoo.parallel.checkpoint import load_alone, remove, unwritable
+from zoo.parallel.strategy import MoEParallelStrategy
 from zoo.parallel.supervise import REQUEUE
 
 CHECKPOINTS = "checkpoints"
@@ -73,6 +74,7 @@ class Checkpoint(ModelCheckpoint):
         self.keep = keep
         self._last_step = 0
         self._deferred = False
+        self._saving = False
         self._told_to_stop = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -100,26 +102,44 @@ class Checkpoint(ModelCheckpoint):
         # Saved before a validation of the same step, the run would not repeat it if it were killed meanwhile.
         self._deferred = _validation_follows(trainer)
         if not self._deferred:
-            self._save_if_due(trainer, pl_module)
+            self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what waited for the validation."""
         if self._deferred:
             self._deferred = False
-            self._save_if_due(trainer, pl_module)
+            self._save_if_due(trainer)
 
-    def _save_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait for the checkpoint that is being written."""
+        super().on_train_end(trainer, pl_module)
+        self._finish(trainer, wait=True)
+
+    def _save_if_due(self, trainer: Trainer) -> None:
         due = trainer.global_step % self.every_n_steps == 0
         stop = trainer.strategy.reduce_boolean_decision(self._told_to_stop, all=False)
         if due or stop:
             trainer.save_checkpoint(self.format_checkpoint_name({"step": torch.tensor(trainer.global_step)}))
-            if trainer.is_global_zero:
-                for old in list_checkpoints(Path(trainer.default_root_dir))[: -self.keep]:
-                    remove(old)
+            self._saving = True
+        self._finish(trainer, wait=stop)
         if stop:
             if trainer.is_global_zero:
                 print(f"told to stop: saved step {trainer.global_step}; the same command goes on", file=sys.stderr)
             raise SystemExit(REQUEUE)
+
+    def _finish(self, trainer: Trainer, *, wait: bool) -> None:
+        """Remove older checkpoints once the newest stands.
+
+        Raises:
+            OSError: on every rank, where one could not write it.
+        """
+        strategy = trainer.strategy
+        if not self._saving or (isinstance(strategy, MoEParallelStrategy) and not strategy.saved(wait=wait)):
+            return
+        self._saving = False
+        if trainer.is_global_zero:
+            for old in list_checkpoints(Path(trainer.default_root_dir))[: -self.keep]:
+                remove(old)
 
 
 def _validation_follows(trainer: Trainer) -> bool:

@@ -30,6 +30,7 @@ RESUMABLE_CHANGES = (
     *("parallel.tensor", "parallel.expert", "parallel.replicate", "parallel.timeout", "parallel.recompute"),
     *("parallel.overlap_shared_experts", "parallel.reshard_after_forward", "parallel.compile_backend"),
     "parallel.ranks_per_node",
+    "parallel.async_save",
 )
 """Keys (or their beginnings) that may differ when a run resumes: they do not change what it computes, except that sums
 over another number of processes are rounded differently."""
