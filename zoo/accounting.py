@@ -127,14 +127,18 @@ def forward_flops(config: ModelConfig, sequence_length: int) -> float:
 
 
 def attention_flops(config: ModelConfig, sequence_length: int) -> float:
-    """Forward FLOPs per token and layer of scores (q·k) and of the weighted sum of values, keys and values expanded."""
+    """Forward FLOPs per token and layer of scores (q·k) and of the weighted sum of values, keys and values expanded.
+
+    The mean over layers, where some have a sliding window.
+    """
     if config.mla:
-        heads, window = config.mla.num_heads, None
+        heads, windows = config.mla.num_heads, [None]
         sizes = config.mla.qk_nope_head_dim + config.mla.qk_rope_head_dim + config.mla.v_head_dim
     else:
         attention = _attention(config)
-        heads, window, sizes = attention.num_heads, attention.sliding_window, 2 * attention.head_dim
-    return 2.0 * heads * sizes * _mean_visible(sequence_length, window)
+        heads, sizes = attention.num_heads, 2 * attention.head_dim
+        windows = [attention.window(layer) for layer in range(config.num_layers)]
+    return 2.0 * heads * sizes * sum(_mean_visible(sequence_length, window) for window in windows) / len(windows)
 
 
 def training_flops(config: ModelConfig, sequence_length: int) -> float:

@@ -88,6 +88,17 @@ class AttentionConfig:
     """RMSNorm of queries and keys before rotary: over each head by itself, or over all heads together."""
     sliding_window: int | None = None
     """A query sees itself and the ``sliding_window - 1`` tokens before it."""
+    full_attention_interval: int | None = None
+    """Every so-manieth layer is without the sliding window; None: all layers have it."""
+    query_scale_dim: int | None = None
+    """Scores are divided by the root of this; None: of ``head_dim``."""
+    logit_softcap: float | None = None
+    """Scores x become c·tanh(x / c) before the mask."""
+
+    def window(self, layer: int) -> int | None:
+        """Sliding window of layer number ``layer`` (from 0), None where it sees everything before it."""
+        full = self.full_attention_interval is not None and (layer + 1) % self.full_attention_interval == 0
+        return None if full else self.sliding_window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +151,16 @@ class ModelConfig:
     attention: AttentionConfig | None = None
     mla: MLAConfig | None = None
     moe: MoEConfig | None = None
+    norm: Literal["rms", "unit_offset_rms"] = "rms"
+    """RMSNorm, or RMSNorm whose parameter is what the factor differs from 1 by."""
     norm_placement: Literal["before", "after", "both"] = "before"
     """Where the norms of a block stand: before the mixer and the FFN, after them inside the residual, or both."""
+    ffn: Literal["swiglu", "geglu"] = "swiglu"
+    """Gate of the FFN: SiLU, or GELU in its tanh form."""
+    embedding_multiplier: float | None = None
+    """Factor on the embeddings that enter the first block."""
+    logit_softcap: float | None = None
+    """Output logits x become c·tanh(x / c)."""
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 
@@ -198,6 +217,16 @@ def _validate(c: ModelConfig) -> None:
         "both" if c.attention else "neither",
         "give exactly one of the two blocks",
     )
+    _require(
+        c.embedding_multiplier is None or c.embedding_multiplier > 0,
+        "embedding_multiplier",
+        c.embedding_multiplier,
+        "give a positive factor, or null for none",
+    )
+    _require(
+        c.logit_softcap is None or c.logit_softcap > 0, "logit_softcap", c.logit_softcap, "give a positive cap, or null"
+    )
+    _require(c.moe is None or c.ffn == "swiglu", "ffn", c.ffn, "routed experts are swiglu; use that, or drop moe")
     if c.attention:
         _validate_attention(c.attention)
     if c.mla:
@@ -243,6 +272,24 @@ def _validate_attention(a: AttentionConfig) -> None:
         "attention.sliding_window",
         a.sliding_window,
         "give a positive number of tokens, or null for full attention",
+    )
+    _require(
+        a.full_attention_interval is None or (a.full_attention_interval >= 2 and a.sliding_window is not None),
+        "attention.full_attention_interval",
+        a.full_attention_interval,
+        "give 2 or more with a sliding_window, or null for equal layers",
+    )
+    _require(
+        a.query_scale_dim is None or a.query_scale_dim >= 1,
+        "attention.query_scale_dim",
+        a.query_scale_dim,
+        "give a positive integer, or null for head_dim",
+    )
+    _require(
+        a.logit_softcap is None or a.logit_softcap > 0,
+        "attention.logit_softcap",
+        a.logit_softcap,
+        "give a positive cap, or null for none",
     )
 
 

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from zoo.cache import Cache, LayerCache
 from zoo.config import ModelConfig
-from zoo.layers.attention import Attention
-from zoo.layers.ffn import SwiGLU
+from zoo.layers.attention import Attention, SoftcappedAttention
+from zoo.layers.ffn import GEGLU, SwiGLU
 from zoo.layers.mla import MLA
-from zoo.layers.norm import RMSNorm
+from zoo.layers.norm import RMSNorm, UnitOffsetRMSNorm
 from zoo.layers.rope import Rotary
+from zoo.layers.scaling import ScaledEmbedding, SoftCap
 from zoo.layers.sequence import SequenceLayout, sequence_layout
 from zoo.moe.layer import MoE
 from zoo.moe.router import RouterOutput
@@ -46,10 +47,10 @@ class Block(nn.Module):
         super().__init__()
         before, after = config.norm_placement != "after", config.norm_placement != "before"
         self.mixer_norm = _norm(config) if before else nn.Identity()
-        self.mixer: Attention | MLA = Attention(config) if config.attention else MLA(config)
+        self.mixer = _mixer(config, layer)
         self.mixer_post_norm = _norm(config) if after else nn.Identity()
         self.ffn_norm = _norm(config) if before else nn.Identity()
-        self.ffn = MoE(config) if config.is_moe_layer(layer) else SwiGLU(config.hidden_size, config.intermediate_size)
+        self.ffn = MoE(config) if config.is_moe_layer(layer) else _ffn(config)
         self.ffn_post_norm = _norm(config) if after else nn.Identity()
 
     def forward(
@@ -68,14 +69,14 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = _embedding(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = _norm(config)
         self.lm_head = (
             None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
+        self.logit_cap = nn.Identity() if config.logit_softcap is None else SoftCap(config.logit_softcap)
         self.rotary = Rotary(config.rope, _rotary_size(config))
-        self.window = config.attention.sliding_window if config.attention else None
 
     def forward(
         self,
@@ -107,7 +108,6 @@ class Decoder(nn.Module):
             document_ids=document_ids,
             past=cache.length if cache else 0,
             past_valid=cache.valid if cache else None,
-            window=self.window,
         )
         x = self.embed_tokens(input_ids)
         rotary = self.rotary(layout.positions, x.dtype)
@@ -124,7 +124,7 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] after the final norm → [..., V]."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight)
+        return self.logit_cap(F.linear(hidden, head.weight))
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache for ``batch_size`` rows of at most ``max_length`` tokens, in the model's dtype and device."""
@@ -132,8 +132,25 @@ class Decoder(nn.Module):
         return Cache(layers, batch_size, max_length)
 
 
+def _embedding(config: ModelConfig) -> nn.Embedding:
+    if config.embedding_multiplier is None:
+        return nn.Embedding(config.vocab_size, config.hidden_size)
+    return ScaledEmbedding(config.vocab_size, config.hidden_size, config.embedding_multiplier)
+
+
+def _mixer(config: ModelConfig, layer: int) -> Attention | MLA:
+    if config.attention is None:
+        return MLA(config)
+    capped = config.attention.logit_softcap is not None
+    return SoftcappedAttention(config, layer) if capped else Attention(config, layer)
+
+
+def _ffn(config: ModelConfig) -> nn.Module:
+    return {"swiglu": SwiGLU, "geglu": GEGLU}[config.ffn](config.hidden_size, config.intermediate_size)
+
+
 def _norm(config: ModelConfig) -> nn.Module:
-    return RMSNorm(config.hidden_size, config.norm_eps)
+    return {"rms": RMSNorm, "unit_offset_rms": UnitOffsetRMSNorm}[config.norm](config.hidden_size, config.norm_eps)
 
 
 def _rotary_size(config: ModelConfig) -> int:
@@ -156,7 +173,7 @@ def build(
 
 @torch.no_grad()
 def initialize(model: Decoder, seed: int) -> None:
-    """Fill every parameter: norms 1, biases 0, all else normal with the config's ``initializer_range``.
+    """Fill every parameter: factors of norms 1, biases 0, all else normal with the config's ``initializer_range``.
 
     Each tensor is drawn from its own generator, seeded by (seed, parameter name, expert index): what a parameter gets
     does not depend on the other parameters, on dtype, or on how the model is spread over devices. An expert is drawn
@@ -175,7 +192,7 @@ def initial_values(
 ) -> Iterator[tuple[int | EllipsisType, Tensor]]:
     """(index, values fp32) of one parameter: the whole at once, or of a stacked one each of the given ``experts``."""
     if len(shape) == 1:
-        yield ..., torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
+        yield ..., torch.full(shape, 0.0 if name.endswith(("bias", "offset")) else 1.0)
     elif ".experts." in name:
         for expert in experts:
             yield expert, _normal(f"{seed}/{name}/{expert}", shape[1:], std)

@@ -78,6 +78,15 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen2": {**_GQA, "model_type": "qwen2"},
     "qwen3": {**_GQA, "model_type": "qwen3"},
     "olmo2": {**_GQA, "model_type": "olmo2", "pad_token_id": None},
+    "gemma2": {
+        **_GQA,
+        "model_type": "gemma2",
+        "sliding_window": 20,
+        "query_pre_attn_scalar": 9,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "pad_token_id": None,
+    },
     "mixtral": {
         **_GQA,
         "model_type": "mixtral",
@@ -127,7 +136,7 @@ def random_model(case: str, seed: int = 0) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if "rotary_emb" in name:
+            if "rotary_emb" in name or name.endswith("embed_scale"):  # constants
                 continue
             noise = torch.randn(tensor.shape, generator=generator)
             if name.endswith("norm.weight"):

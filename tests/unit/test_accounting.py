@@ -87,6 +87,12 @@ def test_a_sliding_window_bounds_what_a_query_sees() -> None:
     assert forward_flops(windowed, 2) == forward_flops(DENSE, 2)
 
 
+def test_every_other_layer_without_the_window_sees_everything() -> None:
+    windowed = replace(DENSE, attention=replace(DENSE.attention, sliding_window=2))
+    mixed = replace(DENSE, attention=replace(windowed.attention, full_attention_interval=2))
+    assert forward_flops(mixed, 4) == pytest.approx((forward_flops(DENSE, 4) + forward_flops(windowed, 4)) / 2)
+
+
 def test_flops_need_a_positive_sequence_length() -> None:
     with pytest.raises(ValueError, match="sequence_length = 0"):
         forward_flops(DENSE, 0)

@@ -6,19 +6,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoo.layers.attend import attend, flash_available
+from zoo.layers.attend import attend, attend_softcapped, flash_available
 from zoo.layers.sequence import SequenceLayout, sequence_layout
 
 SCALE = 0.3
 
 
-def written_out(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
+def written_out(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, softcap: float | None = None) -> Tensor:
     repeat = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
     mask = layout.mask
     if mask is None:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
-    scores = (q @ k.mT * SCALE).masked_fill(~mask, float("-inf"))
+    scores = q @ k.mT * SCALE
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    scores = scores.masked_fill(~mask, float("-inf"))
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
@@ -27,13 +30,17 @@ def layouts(device: str) -> list[SequenceLayout]:
     documents = torch.tensor([[0] * 5 + [1] * 7, [0] * 12], device=device)
     left = torch.tensor([[0] * 4 + [1] * 8, [1] * 12], device=device)
     cases = [
-        {"attention_mask": None, "document_ids": None, "window": None},
-        {"attention_mask": None, "document_ids": documents, "window": None},
-        {"attention_mask": left, "document_ids": None, "window": None},
-        {"attention_mask": left.flip(1), "document_ids": documents, "window": 3},
-        {"attention_mask": None, "document_ids": None, "window": 4},
+        {"attention_mask": None, "document_ids": None},
+        {"attention_mask": None, "document_ids": documents},
+        {"attention_mask": left, "document_ids": None},
+        {"attention_mask": left.flip(1), "document_ids": documents},
+        {"attention_mask": None, "document_ids": None},
     ]
-    return [sequence_layout(ids, past=0, past_valid=None, **case) for case in cases]
+    windows = [None, None, None, 3, 4]
+    return [
+        sequence_layout(ids, past=0, past_valid=None, **case).within(window)
+        for case, window in zip(cases, windows, strict=True)
+    ]
 
 
 def qkv(device: str, dtype: torch.dtype, v_size: int = 16) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,6 +55,14 @@ def test_attend_equals_the_softmax_written_out(case: int, v_size: int) -> None:
     layout = layouts("cpu")[case]
     q, k, v = qkv("cpu", torch.float64, v_size)
     torch.testing.assert_close(attend(q, k, v, layout, SCALE), written_out(q, k, v, layout))
+
+
+@pytest.mark.parametrize("case", range(5))
+@pytest.mark.parametrize("v_size", [16, 8])
+def test_row_18_the_cap_comes_before_the_mask(case: int, v_size: int) -> None:
+    layout = layouts("cpu")[case]
+    q, k, v = qkv("cpu", torch.float64, v_size)
+    torch.testing.assert_close(attend_softcapped(q, k, v, layout, SCALE, 0.5), written_out(q, k, v, layout, 0.5))
 
 
 @pytest.mark.gpu

@@ -176,7 +176,6 @@ def test_row_16_absorbed_equals_expanded(name: str, padded: bool) -> None:
         document_ids=None,
         past=past,
         past_valid=valid if padded else None,
-        window=None,
     )
     q_nope, q_rope = torch.randn(batch, new, 4, 8).double(), torch.randn(batch, new, 4, 4).double()
     keys = torch.randn(batch, past + new, 20).double()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from zoo.layers.sequence import positions_in_runs, sequence_layout
 
-NONE = {"attention_mask": None, "document_ids": None, "past": 0, "past_valid": None, "window": None}
+NONE = {"attention_mask": None, "document_ids": None, "past": 0, "past_valid": None}
 
 
 def brute_force(segments: list[list[int]], past: int, window: int | None) -> torch.Tensor:
@@ -45,9 +45,8 @@ def test_padding_mask_is_the_rule(lengths: list[int], left: bool, past: int, new
             "attention_mask": valid[:, past:].long(),
             "past": past,
             "past_valid": valid[:, :past] if past else None,
-            "window": window,
         },
-    )
+    ).within(window)
     segments = [[0 if v else -1 for v in row] for row in valid.tolist()]
     assert torch.equal(layout.mask, brute_force(segments, past, window))
     for row in range(len(lengths)):
@@ -59,15 +58,22 @@ def test_padding_mask_is_the_rule(lengths: list[int], left: bool, past: int, new
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.none() | st.integers(1, 4))
 def test_documents_never_see_each_other(lengths: list[int], window: int | None) -> None:
     ids = torch.tensor([[d for d, n in enumerate(lengths) for _ in range(n)]])
-    layout = sequence_layout(ids, **{**NONE, "document_ids": ids, "window": window})
+    layout = sequence_layout(ids, **{**NONE, "document_ids": ids}).within(window)
     assert torch.equal(layout.mask, brute_force(ids.tolist(), 0, window))
     assert layout.positions.tolist() == [[i for n in lengths for i in range(n)]]
     assert layout.run_offsets.tolist() == [0, *torch.tensor(lengths).cumsum(0).tolist()]
 
 
+def test_layers_with_the_same_window_share_a_mask() -> None:
+    layout = sequence_layout(torch.zeros(1, 6, dtype=torch.long), **NONE)
+    assert layout.within(None) is layout
+    assert layout.within(3) is layout.within(3)
+
+
 def test_plain_causality_needs_no_mask() -> None:
     layout = sequence_layout(torch.zeros(3, 4, dtype=torch.long), **NONE)
     assert layout.mask is None and layout.is_causal
+    assert torch.equal(layout.visible, brute_force([[0] * 4], 0, None))
     assert layout.run_offsets.tolist() == [0, 4, 8, 12]
     step = sequence_layout(torch.zeros(3, 1, dtype=torch.long), **{**NONE, "past": 9})
     assert step.mask is None and not step.is_causal and step.positions.tolist() == [[9]]

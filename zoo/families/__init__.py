@@ -11,6 +11,7 @@ from zoo.families import (
     deepseek_moe,
     deepseek_v2,
     deepseek_v3,
+    gemma2,
     llama,
     mistral,
     mixtral,
@@ -18,6 +19,7 @@ from zoo.families import (
     olmoe,
     qwen2,
     qwen2_moe,
+    qwen3,
     qwen3_moe,
 )
 from zoo.families.base import Family
@@ -28,6 +30,7 @@ _MODULES = (
     qwen2,
     qwen3,
     olmo2,
+    gemma2,
     mixtral,
     qwen2_moe,
     qwen3_moe,
@@ -75,9 +78,6 @@ def family_of(hf: Mapping[str, Any], where: str = "config.json") -> Family:
 def expressible(config: ModelConfig) -> str | None:
     """Name of the first family that can hold ``config``: how a derived model, such as a dense twin, gets one.
 
-    Raises:
-        ValueError: it has none, saying why for each.
-    """
     ``None`` where no published architecture can: the model trains and is evaluated like any other, and is not exported.
     """
     return next((family.name for family in FAMILIES.values() if _refusal(family, config) is None), None)
@@ -86,6 +86,9 @@ def expressible(config: ModelConfig) -> str | None:
 def exporting_family(spec: ModelSpec) -> Family:
     """The family in whose layout ``spec`` is published.
 
+    Raises:
+        ValueError: it has none, saying why for each.
+    """
     if spec.family is not None:
         return get_family(spec.family)
     reasons = "; ".join(str(_refusal(family, spec.model)) for family in FAMILIES.values())

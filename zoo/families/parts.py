@@ -29,10 +29,23 @@ def read_decoder(
     attention: AttentionConfig | None = None,
     mla: MLAConfig | None = None,
     moe: MoEConfig | None = None,
+    activation: str = "silu",
+    tied: bool = False,
     **fixed: Any,
 ) -> ModelConfig:
-    """The fields around the blocks, which all families spell alike; ``fixed`` are what a family has in its code."""
-    fields.expect("hidden_act", "silu")
+    """The fields around the blocks, which all families spell alike.
+
+    Args:
+        fields: of the config.json.
+        rope: positions.
+        attention: or ``mla``.
+        mla: or ``attention``.
+        moe: of the layers with experts.
+        activation: the one name of ``hidden_act`` that the family's FFN has.
+        tied: whether the embedding is the output head where the file does not say.
+        fixed: fields of ``ModelConfig`` that follow from the family.
+    """
+    fields.expect("hidden_act", activation)
     fields.expect("attention_dropout", 0)
     return ModelConfig(
         vocab_size=fields.size("vocab_size"),
@@ -45,7 +58,7 @@ def read_decoder(
         attention=attention,
         mla=mla,
         moe=moe,
-        tie_word_embeddings=fields.take(bool, "tie_word_embeddings", False),
+        tie_word_embeddings=fields.take(bool, "tie_word_embeddings", tied),
         initializer_range=fields.take(float, "initializer_range", 0.02),
         **fixed,
     )
@@ -75,6 +88,7 @@ def read_gqa(
     output_bias: bool = False,
     qk_norm: Literal["head", "projection"] | None = None,
     sliding_window: int | None = None,
+    **fixed: Any,
 ) -> AttentionConfig:
     """Heads of multi-head or grouped-query attention; biases, norms and windows are spelled differently by family."""
     num_heads = fields.size("num_attention_heads")
@@ -86,6 +100,7 @@ def read_gqa(
         output_bias=output_bias,
         qk_norm=qk_norm,
         sliding_window=sliding_window,
+        **fixed,
     )
 
 
@@ -152,6 +167,16 @@ def expect_full_attention(fields: Fields) -> None:
     for layer_type in fields.sequence("layer_types"):
         if layer_type != "full_attention":
             raise ValueError(f"{fields.where}: layer_types has {layer_type!r}; only 'full_attention' is supported")
+
+
+def expect_alternating_windows(fields: Fields) -> None:
+    """Refuse any ``layer_types`` but a sliding window in the first layer and every other one after it."""
+    kinds = fields.sequence("layer_types")
+    if kinds and kinds != (["sliding_attention", "full_attention"] * len(kinds))[: len(kinds)]:
+        raise ValueError(
+            f"{fields.where}: layer_types = {kinds} is not supported; only 'sliding_attention' and 'full_attention' in "
+            "turn are"
+        )
 
 
 def leading_dense_layers(fields: Fields) -> int:

@@ -36,19 +36,22 @@ NORMS: dict[str, tuple[tuple[str, str], ...]] = {
 }
 """``norm_placement`` → (published, our) names of the norms of a block."""
 
+NORM_PARAMETER = {"rms": "weight", "unit_offset_rms": "offset"}
+"""``norm`` → our name of its parameter, which is always published as ``weight``."""
+
 
 def decoder_map(config: ModelConfig, layout: Layout, names: MoENames = MoENames()) -> list[Op]:
     """The whole weight map of a decoder; every family here differs by ``names`` only."""
     ops: list[Op] = [
         Rename("model.embed_tokens.weight", "embed_tokens.weight"),
-        Rename("model.norm.weight", "norm.weight"),
+        Rename("model.norm.weight", f"norm.{NORM_PARAMETER[config.norm]}"),
     ]
     if not config.tie_word_embeddings:
         ops.append(Rename("lm_head.weight", "lm_head.weight"))
     for i in range(config.num_layers):
         theirs, ours = f"model.layers.{i}", f"layers.{i}"
         for their_part, our_part in NORMS[config.norm_placement]:
-            ops.append(Rename(f"{theirs}.{their_part}.weight", f"{ours}.{our_part}.weight"))
+            ops.append(Rename(f"{theirs}.{their_part}.weight", f"{ours}.{our_part}.{NORM_PARAMETER[config.norm]}"))
         for their_part, our_part in _mixer(config):
             ops.append(Rename(f"{theirs}.self_attn.{their_part}", f"{ours}.mixer.{our_part}"))
         if config.is_moe_layer(i):

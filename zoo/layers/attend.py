@@ -32,6 +32,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, scale: float
     return out.transpose(1, 2)
 
 
+def attend_softcapped(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, scale: float, softcap: float) -> Tensor:
+    """softmax(c·tanh(scale · q kᵀ / c) + mask) v (arXiv 2408.00118, section 2), cap and softmax in fp32.
+
+    Arguments and result as ``attend``, with c = ``softcap``. The scores [B, H, S, L] are written out.
+    """
+    scores = _grouped_scores(q, k, scale)
+    capped = (softcap * (scores / softcap).tanh()).masked_fill(~layout.visible.unsqueeze(2), float("-inf"))
+    return _weighted_values(capped.softmax(dim=-1), v)
+
+
+def _grouped_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """scale · q kᵀ [B, G, H/G, S, L], in fp32 at least."""
+    scores = q.unflatten(1, (k.shape[1], -1)) @ k.unsqueeze(2).mT
+    return scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+
+
+def _weighted_values(weights: Tensor, v: Tensor) -> Tensor:
+    """weights [B, G, H/G, S, L] · v [B, G, L, v] → [B, S, H, v]."""
+    return (weights.to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2).transpose(1, 2)
+
+
 @cache
 def flash_available() -> bool:
     """Whether the flash-attn package is installed (extra ``gpu``)."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zoo.cache import LayerCache
 from zoo.config import ModelConfig
-from zoo.layers.attend import attend
+from zoo.layers.attend import attend, attend_softcapped
 from zoo.layers.norm import RMSNorm, RMSNormAcrossHeads
 from zoo.layers.rope import rotate
 from zoo.layers.sequence import SequenceLayout
@@ -19,14 +19,15 @@ from zoo.layers.sequence import SequenceLayout
 class Attention(nn.Module):
     """o(softmax(q kᵀ / √d + mask) v) with rotary q and k; optional biases and optional RMSNorm of q and k."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         attention = config.attention
         assert attention is not None
+        self.window = attention.window(layer)
         self.rope_layout = config.rope.layout
         self.head_dim = attention.head_dim
         self.num_kv_heads = attention.num_kv_heads
-        self.scale = attention.head_dim**-0.5
+        self.scale = (attention.query_scale_dim or attention.head_dim) ** -0.5
         width, kv_width = attention.num_heads * self.head_dim, attention.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=attention.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=attention.qkv_bias)
@@ -46,13 +47,30 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(layout.past, k, v)
-        return self.o_proj(attend(q, k, v, layout, self.scale).flatten(-2))
+        return self.o_proj(self.attend(q, k, v, layout.within(self.window)).flatten(-2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
+        """q [B, H, S, d], k and v [B, G, L, d] → [B, S, H, d]."""
+        return attend(q, k, v, layout, self.scale)
 
     def new_cache(self, batch_size: int, max_length: int) -> LayerCache:
         """Empty k and v, each [B, G, L, d]."""
         weight = self.k_proj.weight
         shape = (batch_size, self.num_kv_heads, max_length, self.head_dim)
         return LayerCache([torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2)])
+
+
+class SoftcappedAttention(Attention):
+    """Attention whose scores saturate at ± ``logit_softcap`` (arXiv 2408.00118, section 2)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        assert config.attention is not None and config.attention.logit_softcap is not None
+        self.softcap = config.attention.logit_softcap
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
+        """See ``Attention``."""
+        return attend_softcapped(q, k, v, layout, self.scale, self.softcap)
 
 
 def _qk_norm(config: ModelConfig, width: int) -> nn.Module:

@@ -21,3 +21,11 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] → [..., D]."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class GEGLU(SwiGLU):
+    """down(gelu(gate(x)) · up(x)) (arXiv 2002.05202, equation 5), with the tanh form of GELU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] → [..., D]."""
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))

@@ -28,3 +28,17 @@ class RMSNormAcrossHeads(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., heads, d] with heads · d = size → the same shape and dtype."""
         return super().forward(x.flatten(-2)).view_as(x)
+
+
+class UnitOffsetRMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · (1 + offset) over the last dimension, in fp32 (arXiv 2403.08295, published code)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.offset = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., size] → the same shape and dtype."""
+        exact = torch.promote_types(self.offset.dtype, torch.float32)
+        return F.rms_norm(x.to(exact), self.offset.shape, 1 + self.offset.to(exact), self.eps).to(x.dtype)

@@ -5,7 +5,7 @@ Shapes: B batch, S new tokens, L = past + S key slots.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -23,8 +23,19 @@ class SequenceLayout:
     """Key slots already in the cache."""
     segments: Tensor | None
     """[B, L] int64: a token attends within its segment only; padding is segment -1. None: one segment a row."""
-    window: int | None
+    window: int | None = None
     """Sliding window in tokens, or None."""
+
+    def within(self, window: int | None) -> SequenceLayout:
+        """The same batch where a query sees itself and the ``window - 1`` tokens before it; None: all before it."""
+        if window not in self._windowed:
+            self._windowed[window] = replace(self, window=window)
+        return self._windowed[window]
+
+    @cached_property
+    def _windowed(self) -> dict[int | None, SequenceLayout]:
+        """Layers with the same window share one layout, and so one mask."""
+        return {self.window: self}
 
     @cached_property
     def mask(self) -> Tensor | None:
@@ -36,7 +47,13 @@ class SequenceLayout:
         keys = self.past + new
         if self.segments is None and (self.window is None or keys <= self.window) and (self.past == 0 or new == 1):
             return None
-        device = self.positions.device
+        return self.visible
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """``mask`` where plain causality is written out as well."""
+        new = self.positions.shape[1]
+        keys, device = self.past + new, self.positions.device
         query = torch.arange(self.past, keys, device=device)[:, None]
         key = torch.arange(keys, device=device)
         visible = key <= query
@@ -74,7 +91,6 @@ def sequence_layout(
     document_ids: Tensor | None,
     past: int,
     past_valid: Tensor | None,
-    window: int | None,
 ) -> SequenceLayout:
     """Layout of a batch of new tokens.
 
@@ -84,7 +100,6 @@ def sequence_layout(
         document_ids: [B, S] integers; equal neighbours are one document, positions restart at each document.
         past: slots filled in the cache.
         past_valid: [B, past] bool, False where a cached slot is padding.
-        window: sliding window in tokens.
 
     Raises:
         ValueError: a shape that differs from ``input_ids``, or documents together with cached tokens.
@@ -97,16 +112,16 @@ def sequence_layout(
     (rows, new), device = input_ids.shape, input_ids.device
     if document_ids is not None:
         segments = document_ids if attention_mask is None else document_ids.masked_fill(attention_mask == 0, -1)
-        return SequenceLayout(rows, positions_in_runs(segments), past, segments, window)
+        return SequenceLayout(rows, positions_in_runs(segments), past, segments)
     if attention_mask is None and past_valid is None:
         positions = torch.arange(past, past + new, device=device)[None]
-        return SequenceLayout(rows, positions, past, None, window)
+        return SequenceLayout(rows, positions, past, None)
     valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
     if past:
         earlier = valid.new_ones(len(valid), past) if past_valid is None else past_valid
         valid = torch.cat((earlier, valid), dim=1)
     positions = (valid.cumsum(1) - 1).clamp(min=0)[:, past:]
-    return SequenceLayout(rows, positions, past, valid.long() - 1, window)
+    return SequenceLayout(rows, positions, past, valid.long() - 1)
 
 
 def positions_in_runs(segments: Tensor) -> Tensor:

@@ -102,7 +102,6 @@ def forward_stage(
         document_ids=others.get("document_ids"),
         past=0,
         past_valid=None,
-        window=stage.window,
     )
     if hasattr(stage, "embed_tokens"):
         x = stage.embed_tokens(x)
