@@ -92,7 +92,14 @@ def test_tied_embeddings_and_head_norms(pools: Pools, layout: str) -> None:
     check(pools, Run("qwen3"), LAYOUTS[layout])
 
 
-@pytest.mark.parametrize("layout", [Layout("fsdp", 2), Layout("fsdp", 4, replicate=2)], ids=["fsdp2", "hybrid4"])
+DENSE = {
+    "fsdp2": Layout("fsdp", 2),
+    "hybrid4": Layout("fsdp", 4, replicate=2),
+    "fsdp2_tp2": Layout("tp_ep_fsdp", 4, tensor=2),
+}
+
+
+@pytest.mark.parametrize("layout", DENSE.values(), ids=DENSE.keys())
 def test_dense_models(pools: Pools, layout: Layout) -> None:
     check(pools, Run("dense"), layout)
 

@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from zoo.config import MoEConfig, from_dict
 from zoo.model import Decoder
-from zoo.parallel.apply import parallelize
+from zoo.parallel.apply import check_sizes, parallelize
 from zoo.parallel.expert_parallel import most_destinations
 from zoo.parallel.mesh import MeshSizes, build_meshes
 from zoo.parallel.plan import Plan, TensorRule, load_plan, plan_names, resolve
@@ -96,6 +96,20 @@ def test_experts_left_out_by_a_rule_are_refused() -> None:
 def test_an_optional_rule_may_match_nothing() -> None:
     rule = TensorRule(modules="layers.*.mixer.kv_a_proj", style="shared_key", optional=True)
     assert resolve(Plan(data="shard", units=("layers.*",), tensor=(rule,)), on_meta("mixtral")).tensor == {}
+
+
+def test_a_dense_model_has_no_experts_to_spread() -> None:
+    plan, model = load_plan("tp_ep_fsdp"), on_meta("dense")
+    rules = resolve(plan, model)
+    assert rules.experts == {} and rules.tensor["layers.0.ffn.down_proj"] == "rowwise"
+    check_sizes(model.config, plan.sizes(4, tensor=2), rules)
+    with pytest.raises(ValueError, match="expert = 2 ranks: the model has no experts to spread"):
+        check_sizes(model.config, plan.sizes(4, tensor=2, expert=2), rules)
+    with pytest.raises(ValueError, match="matches no parameter"):
+        resolve(load_plan("ep_fsdp"), model)
+    misspelt = [{"parameters": "layers.*.ffn.expert.{gate_up,down}", "expert": 0, "shard": 2, "optional": True}]
+    with pytest.raises(ValueError, match="has no rule, but the plan is to spread experts"):
+        resolve(plan_from(experts=misspelt), on_meta("mixtral"))
 
 
 def test_a_plan_is_found_by_name_or_by_path(tmp_path: Path) -> None:

@@ -101,6 +101,8 @@ def check_sizes(config: ModelConfig, sizes: MeshSizes, rules: ResolvedPlan) -> N
     """Raise ``ValueError`` where a size of the mesh does not divide what it splits."""
     moe = config.moe
     wanted: list[tuple[str, int, str, int]] = []
+    if sizes.expert > 1 and not rules.experts:
+        raise ValueError(f"expert = {sizes.expert} ranks: the model has no experts to spread; use expert = 1")
     if moe is not None and rules.experts:
         wanted.append(("expert", sizes.expert, "num_experts", moe.num_experts))
         wanted.append(("expert_shard", sizes.expert_shard, "moe_intermediate_size", moe.moe_intermediate_size))

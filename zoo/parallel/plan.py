@@ -44,6 +44,7 @@ class ExpertRule:
     parameters: str
     expert: int
     shard: int
+    optional: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,11 +155,11 @@ def resolve(plan: Plan, model: nn.Module) -> ResolvedPlan:
 
     experts: dict[str, ExpertRule] = {}
     for rule in plan.experts:
-        for name in _matches(rule.parameters, parameters, "parameter"):
+        for name in _matches(rule.parameters, parameters, "parameter", rule.optional):
             claim(name, rule.parameters)
             _check_dimensions(name, parameters[name].ndim, rule)
             experts[name] = rule
-    if experts:
+    if plan.experts:
         _check_cover(experts.keys(), model)
     tensor: dict[str, Style] = {}
     for split in plan.tensor:
@@ -179,7 +180,7 @@ def _check_cover(ruled: Set[str], model: nn.Module) -> None:
     stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, Experts)]
     owned = {name for prefix, module in stacks for name, _ in module.named_parameters(prefix=prefix)}
     for name in sorted(ruled ^ owned):
-        fault = "is no parameter of experts" if name in ruled else "has no rule under experts, but others have"
+        fault = "is no parameter of experts" if name in ruled else "has no rule, but the plan is to spread experts"
         raise ValueError(f"plan: {name!r} {fault}; make the rules match all experts and nothing else")
 
 

@@ -67,7 +67,7 @@ def search(
         except ValueError as error:
             result.rejected.append(Rejected(name, {}, "plan", str(error)))
             continue
-        for sizes in track(list(_candidates(plan, work.gpus)) if only is None else [only[1]], name):
+        for sizes in track(list(_candidates(plan, rules, work.gpus)) if only is None else [only[1]], name):
             outcome = _consider(work, name, plan, sizes, units, rules)
             if isinstance(outcome, Estimate):
                 result.fitting.append(outcome)
@@ -83,7 +83,7 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // d for d in small)})
 
 
-def _candidates(plan: Plan, world: int) -> Iterator[Sizes]:
+def _candidates(plan: Plan, rules: ResolvedPlan, world: int) -> Iterator[Sizes]:
     """Sizes to try. What another plan does with fewer rules is left to it: one tensor rank, or nothing but copies."""
     tensors = divisors(world)[1:] if plan.tensor else [1]
     for tensor in tensors:
@@ -91,8 +91,8 @@ def _candidates(plan: Plan, world: int) -> Iterator[Sizes]:
         copies = divisors(data) if plan.data == "shard" else [data]
         if plan.data == "shard" and not plan.tensor and data > 1:
             copies = copies[:-1]
-        experts = divisors(world) if plan.experts else [1]
-        if plan.data == "replicate" and plan.experts:
+        experts = divisors(world) if rules.experts else [1]
+        if plan.data == "replicate" and rules.experts:
             experts = experts[1:]
         for replicate in copies:
             for expert in experts:
