@@ -131,8 +131,9 @@ def attention_flops(config: ModelConfig, sequence_length: int) -> float:
 
     The mean over layers, where some have a sliding window.
     """
+    windows: list[int | None] = [None]
     if config.mla:
-        heads, windows = config.mla.num_heads, [None]
+        heads = config.mla.num_heads
         sizes = config.mla.qk_nope_head_dim + config.mla.qk_rope_head_dim + config.mla.v_head_dim
     else:
         attention = _attention(config)
