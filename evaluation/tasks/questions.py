@@ -1,4 +1,4 @@
-"""The questions that this project makes, for lm-eval's ``custom_dataset``. Runs wherever lm-eval does, without ``zoo``."""
+"""The questions that this project makes, for lm-eval's ``custom_dataset``. Runs wherever lm-eval does."""
 
 from __future__ import annotations
 

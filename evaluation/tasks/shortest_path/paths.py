@@ -1,4 +1,4 @@
-"""Scores of shortest paths, for lm-eval's ``process_results``. Runs wherever lm-eval does, without ``zoo``."""
+"""Scores of shortest paths, for lm-eval's ``process_results``. Runs wherever lm-eval does."""
 
 from __future__ import annotations
 

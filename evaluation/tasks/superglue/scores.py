@@ -1,6 +1,6 @@
 """SuperGLUE's metrics (arXiv 1905.00537, table 1), for lm-eval's ``process_results`` and ``aggregation``.
 
-``score`` is a task's part of the average: its metric, or the mean of its two. Runs wherever lm-eval does, without ``zoo``.
+``score`` is a task's part of the average: its metric, or the mean of its two. Runs wherever lm-eval does.
 """
 
 from __future__ import annotations
