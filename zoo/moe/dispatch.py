@@ -1,6 +1,6 @@
 """Moving tokens to their experts and back.
 
-Expert parallelism is another ``Dispatcher``: nothing else of the layer knows where an expert lives.
+Where an expert lives is known to the ``Dispatcher`` alone: another place is another one of these.
 
 Shapes: T tokens, D model, E experts, K top-k, N = T·K routed rows.
 """
@@ -37,7 +37,7 @@ class _Sorted:
 
 
 class LocalDispatcher:
-    """All experts in this process: one stable sort by expert, no token dropped."""
+    """All experts at hand: one stable sort by expert, no token dropped."""
 
     def dispatch(self, x: Tensor, routing: RouterOutput) -> tuple[Tensor, Tensor, _Sorted]:
         """See ``Dispatcher``."""

@@ -95,7 +95,7 @@ def update_selection_bias(bias: Tensor, counts: Tensor, rate: float) -> None:
 
     Args:
         bias: [E] fp32, ``Router.bias``.
-        counts: [E] assignments to each expert over all tokens of the step (micro-batches and data ranks summed).
+        counts: [E] assignments to each expert over all tokens of the step, however many parts it was taken in.
         rate: γ, 1e-3 in the paper.
     """
     load = counts.to(bias.dtype)
