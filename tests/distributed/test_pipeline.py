@@ -55,12 +55,13 @@ def config_of(name: str) -> ModelConfig:
 
 
 def batch(step: int, data_rank: int) -> Batch:
-    """Packed documents of all lengths, padding at the end of some rows, labels that differ in number."""
+    """Packed documents of all lengths, padding before some and after others, labels that differ in number."""
     generator = torch.Generator().manual_seed(100 * step + data_rank)
     ids = torch.randint(37, (ROWS, LENGTH), generator=generator)
     documents = (torch.rand(ROWS, LENGTH, generator=generator) < 0.3).cumsum(1)
     mask = torch.ones_like(ids)
-    mask[data_rank::3, -2:] = 0
+    mask[data_rank::3, :2] = 0
+    mask[1, -2:] = 0
     labels = ids.roll(-1, 1).masked_fill(documents != documents.roll(-1, 1), -100).masked_fill(mask == 0, -100)
     return {"input_ids": ids, "labels": labels, "document_ids": documents, "attention_mask": mask}
 
