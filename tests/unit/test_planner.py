@@ -20,7 +20,7 @@ from zoo.accounting import count_parameters, training_flops
 from zoo.cli.main import main
 from zoo.config import ModelConfig, MoEConfig
 from zoo.model import build
-from zoo.parallel.activations import block_activations, head_activations, peak_activations
+from zoo.parallel.activations import block_activations, head_activations, loss_activations
 from zoo.parallel.communication import (
     expert_exchanges,
     gradient_reductions,
@@ -28,9 +28,10 @@ from zoo.parallel.communication import (
     parameter_gathers,
     tensor_collectives,
 )
-from zoo.parallel.estimate import USABLE_MEMORY, Workload, gpu_hours_per_trillion, rank_flops, utilisation
+from zoo.parallel.estimate import Setting, Workload, gpu_hours_per_trillion, rank_flops, utilisation
 from zoo.parallel.footprint import Units, Weight, holdings, resolve_units
 from zoo.parallel.hardware import GPUS, Gpu, Group, all_to_all_seconds, find_gpu, ring_seconds
+from zoo.parallel.memory import USABLE_MEMORY, peak_memory
 from zoo.parallel.mesh import MeshSizes
 from zoo.parallel.plan import ExpertRule, load_plan
 from zoo.parallel.planner import Result, divisors, search
@@ -59,8 +60,9 @@ def work(name: str = "mixtral-8x7b", gpus: int = 64, batch: int = 64, length: in
 
 @pytest.mark.parametrize("name", [name for name in model_names() if find_spec(name).model.moe])
 def test_one_rank_holds_every_parameter(name: str) -> None:
-    held = holdings(units_of(name, "ep_fsdp"), MeshSizes(), "32-true")
-    assert held.at_rest == held.gathered == count_parameters(find_spec(name).model).total
+    config = find_spec(name).model
+    held = holdings(config, units_of(name, "ep_fsdp"), MeshSizes(), "32-true").whole
+    assert held.at_rest == held.gathered == count_parameters(config).total
 
 
 def test_shapes_of_one_weight_by_hand() -> None:
@@ -78,12 +80,12 @@ def test_shapes_of_one_weight_by_hand() -> None:
 def test_mixtral_by_hand() -> None:
     """64 ranks, experts over 8: an eighth of the experts over 8 ranks, the rest over 64."""
     sizes = MeshSizes(data_shard=64, expert=8)
-    held = holdings(units_of("mixtral-8x7b", "ep_fsdp"), sizes, "bf16-mixed")
+    held = holdings(MIXTRAL, units_of("mixtral-8x7b", "ep_fsdp"), sizes, "bf16-mixed")
     experts, total = 32 * 8 * 3 * 4096 * 14336, 46_702_792_704
     routers = 32 * 8 * 4096  # 8 rows over 64 ranks: the first 8 hold one
-    assert held.at_rest == experts // 64 + (total - experts - routers) // 64 + routers // 8
-    assert held.gathered == experts // 8 + total - experts
-    assert held.root == 2 * 32_000 * 4096 + 4096
+    assert held.whole.at_rest == experts // 64 + (total - experts - routers) // 64 + routers // 8
+    assert held.whole.gathered == experts // 8 + total - experts
+    assert held.root.gathered == 2 * 32_000 * 4096 + 4096
 
 
 SIZES = st.builds(
@@ -123,14 +125,14 @@ def test_shards_add_up_to_the_whole(values: dict[str, int]) -> None:
 @settings(max_examples=60, deadline=None)
 @given(SIZES, st.sampled_from(["data_shard", "tensor"]))
 def test_memory_falls_with_more_shards(values: dict[str, int], more: str) -> None:
-    less = holdings(MIXTRAL_UNITS, MeshSizes(**values), "bf16-mixed").at_rest
+    less = holdings(MIXTRAL, MIXTRAL_UNITS, MeshSizes(**values), "bf16-mixed").whole.at_rest
     finer = MeshSizes(**{**values, more: 2 * values[more]})
-    assert holdings(MIXTRAL_UNITS, finer, "bf16-mixed").at_rest < less
+    assert holdings(MIXTRAL, MIXTRAL_UNITS, finer, "bf16-mixed").whole.at_rest < less
 
 
 def test_expert_ranks_hold_fewer_experts_at_a_time() -> None:
     gathered = [
-        holdings(DEEPSEEK_UNITS, MeshSizes(data_shard=256, expert=expert), "bf16-mixed").gathered
+        holdings(DEEPSEEK, DEEPSEEK_UNITS, MeshSizes(data_shard=256, expert=expert), "bf16-mixed").whole.gathered
         for expert in (1, 8, 64)
     ]
     assert gathered == sorted(gathered, reverse=True)
@@ -189,12 +191,41 @@ def test_a_dense_block_by_hand() -> None:
     assert head_activations(find_spec("llama-3-8b").model, 2) == 2 * 8192 + 4 + 12 * 128_256
 
 
-@pytest.mark.parametrize("config", [MIXTRAL, DEEPSEEK], ids=["mixtral", "deepseek"])
-def test_recomputing_more_keeps_less(config: ModelConfig) -> None:
-    peaks = [peak_activations(config, 4096, 2, MeshSizes(), recompute) for recompute in ("none", "experts", "block")]
-    assert peaks == sorted(peaks, reverse=True)
-    assert peak_activations(config, 4096, 2, MeshSizes(tensor=4), "none") < peaks[0]
-    assert peak_activations(config, 8192, 2, MeshSizes(), "block") == 2 * peaks[2]
+def test_logits_are_largest_in_the_backward_pass() -> None:
+    config = find_spec("llama-3-8b").model
+    assert head_activations(config, 2) - loss_activations(config, 2) == 2 * 128_256
+    assert head_activations(config, 4) - loss_activations(config, 4) == 4 * 128_256
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "units"), [("mixtral-8x7b", MIXTRAL_UNITS), ("deepseek-v3", DEEPSEEK_UNITS)])
+def test_memory_follows_the_setting(name: str, units: Units) -> None:
+    """Less is kept where more is recomputed or freed, with smaller micro-batches, and with more tensor ranks."""
+
+    def peak(setting: Setting, tensor: int = 1) -> float:
+        sizes = MeshSizes(data_shard=64 // tensor, tensor=tensor, expert=8)
+        held = holdings(find_spec(name).model, units, sizes, "bf16-mixed")
+        return sum(peak_memory(work(name, batch=256), sizes, held, setting).values())
+
+    kept = [peak(Setting(4, 1, recompute, True)) for recompute in ("none", "experts", "block")]
+    assert kept == sorted(kept, reverse=True)
+    assert peak(Setting(4, 1, "none", True)) < peak(Setting(4, 1, "none", False))
+    assert peak(Setting(2, 1, "none", True)) < peak(Setting(4, 1, "none", True))
+    assert peak(Setting(4, 1, "none", True), tensor=4) < peak(Setting(4, 1, "none", True))
+
+
+def test_unreduced_gradients_by_hand() -> None:
+    """Between micro-batches all of what a rank computes with has a gradient in fp32: 47 GB of Mixtral's experts / 8."""
+    sizes = MeshSizes(data_shard=64, expert=8)
+    held = holdings(MIXTRAL, MIXTRAL_UNITS, sizes, "bf16-mixed")
+    memory = peak_memory(work(batch=128), sizes, held, Setting(1, 2, "block", True))
+    assert memory["gradients"] == 0
+    extra = memory["unreduced gradients"] - 4 * held.whole.gathered
+    assert 0 < extra < 0.1 * memory["unreduced gradients"]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -260,7 +291,7 @@ def test_fsdp_bytes_by_hand() -> None:
 def test_copies_are_all_reduced() -> None:
     sizes = MeshSizes(data_replicate=4, data_shard=8)
     sent = sum(c.sent for c in gradient_reductions(MIXTRAL_UNITS, sizes) if c.kind == "all_reduce_gradients")
-    assert sent == pytest.approx(2 * 3 / 4 * 4 * holdings(MIXTRAL_UNITS, sizes, "bf16-mixed").at_rest)
+    assert sent == pytest.approx(2 * 3 / 4 * 4 * holdings(MIXTRAL, MIXTRAL_UNITS, sizes, "bf16-mixed").whole.at_rest)
 
 
 def test_tensor_bytes_by_hand() -> None:

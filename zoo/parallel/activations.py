@@ -26,6 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zoo.config import AttentionConfig, MLAConfig, ModelConfig, MoEConfig
+from zoo.parallel.communication import mean_destinations
 from zoo.parallel.footprint import Recompute
 from zoo.parallel.mesh import MeshSizes
 
@@ -33,22 +34,32 @@ WIDE = 4
 """Bytes of an fp32 element."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockActivations:
     """Bytes per token of one block."""
 
     whole: float
     """All that its backward pass needs."""
+    mixer: float
+    """The part of it that is left once the FFN has gone backward."""
     inside_experts: float
     """The part of it that ``recompute: experts`` does not keep."""
     input: float
     """What ``recompute: block`` keeps."""
+    returning: float
+    """Gradients on their way from the block's output to those of the experts' rows: no activation is freed yet."""
+    ffn_gradients: float
+    """Gradients inside the FFN or the experts while most of their activations are still there."""
 
     def kept(self, recompute: Recompute) -> float:
         """Bytes that stay between the forward and the backward pass."""
         if recompute == "block":
             return self.input
         return self.whole - (self.inside_experts if recompute == "experts" else 0)
+
+    def running(self, recompute: Recompute) -> float:
+        """Bytes at the end of the forward pass of the block's FFN."""
+        return self.whole - self.mixer if recompute == "block" else self.whole
 
 
 def block_activations(config: ModelConfig, layer: int, itemsize: int, sizes: MeshSizes) -> BlockActivations:
@@ -61,36 +72,39 @@ def block_activations(config: ModelConfig, layer: int, itemsize: int, sizes: Mes
         assert config.attention is not None
         mixer = _attention(config.attention, itemsize, tensor)
     norms = 4 if config.norm_placement == "both" else 2
-    common = norms * (width + WIDE) + width + mixer
+    mixer += norms * (width + WIDE) + width
     if not config.is_moe_layer(layer):
-        ffn = width + 4 * itemsize * config.intermediate_size / tensor
-        return BlockActivations(common + ffn, 0.0, width)
+        inner = itemsize * config.intermediate_size / tensor
+        return BlockActivations(
+            whole=mixer + width + 4 * inner,
+            mixer=mixer,
+            inside_experts=0.0,
+            input=width,
+            returning=0.0,
+            ffn_gradients=2 * inner,
+        )
     assert config.moe is not None
-    inside = config.moe.top_k / tensor * 4 * itemsize * config.moe.moe_intermediate_size
-    outside = _moe_without_experts(config.hidden_size, config.moe, itemsize, sizes)
-    return BlockActivations(common + outside + inside, inside, width)
+    inner = itemsize * config.moe.moe_intermediate_size * config.moe.top_k / tensor
+    return BlockActivations(
+        whole=mixer + _moe_without_experts(config.hidden_size, config.moe, itemsize, sizes) + 4 * inner,
+        mixer=mixer,
+        inside_experts=4 * inner,
+        input=width,
+        returning=_returning_rows(config.hidden_size, config.moe, itemsize, sizes),
+        # The grouped kernel works on all rows at once; in fp32 one expert goes backward after the other.
+        ffn_gradients=0.0 if itemsize == WIDE else 2 * inner,
+    )
 
 
 def head_activations(config: ModelConfig, itemsize: int) -> float:
-    """Bytes per token of the final norm, the logits and the loss, freed before any block goes backward."""
+    """Bytes per token of the final norm, the logits and the loss in the backward pass, freed before any block's."""
     return 2 * itemsize * config.hidden_size + WIDE + 3 * WIDE * config.vocab_size
 
 
-def peak_activations(config: ModelConfig, tokens: int, itemsize: int, sizes: MeshSizes, recompute: Recompute) -> float:
-    """Bytes at the fullest moment of a micro-batch of ``tokens`` tokens.
-
-    That is either the loss, or the backward pass of a block: its recomputed activations, and gradients that are taken
-    to be as large as its activations.
-    """
-    dense = config.moe.first_k_dense if config.moe else config.num_layers
-    blocks = [
-        (count, block_activations(config, layer, itemsize, sizes))
-        for layer, count in ((0, dense), (config.num_layers - 1, config.num_layers - dense))
-        if count
-    ]
-    kept = sum(count * block.kept(recompute) for count, block in blocks)
-    backward = max(2 * block.whole - block.kept(recompute) for _, block in blocks)
-    return tokens * (kept + max(head_activations(config, itemsize), backward))
+def loss_activations(config: ModelConfig, itemsize: int) -> float:
+    """The same at the end of the forward pass: logits as they are, widened to fp32, and log-probabilities."""
+    logits = itemsize + WIDE + (WIDE if itemsize < WIDE else 0)
+    return 2 * itemsize * config.hidden_size + WIDE + logits * config.vocab_size
 
 
 def _attention(a: AttentionConfig, itemsize: int, tensor: int) -> float:
@@ -115,3 +129,14 @@ def _moe_without_experts(hidden_size: int, m: MoEConfig, itemsize: int, sizes: M
     rows = m.top_k / tensor * (width + (width if travel else WIDE * hidden_size))
     shared = 4 * itemsize * m.num_shared_experts * m.moe_intermediate_size / tensor
     return width + router + rows + shared + (width if m.shared_expert_gate else 0)
+
+
+def _returning_rows(hidden_size: int, m: MoEConfig, itemsize: int, sizes: MeshSizes) -> float:
+    """Where tokens travel, the gradients that came, one a row, its product with the weight, and three fp32 copies of a
+    row for the gradient of the weight (one in fp32); else an fp32 gradient a row."""
+    rows = m.top_k / sizes.tensor * hidden_size
+    if sizes.expert == sizes.tensor == 1:
+        return WIDE * rows
+    copies = 3 if itemsize < WIDE else 1
+    came = mean_destinations(m, sizes.expert) / sizes.tensor * hidden_size
+    return itemsize * came + (2 * itemsize + copies * WIDE) * rows

@@ -1,13 +1,6 @@
-"""What a layout needs of every GPU and how long a step takes: the model of memory and time.
+"""How long a step takes in a layout: the model of time.
 
 What is estimated is what ``zoo.parallel`` does with AdamW, uneven exchanges and no dropped tokens.
-
-Memory of a rank
-    Parameters, gradients and two Adam moments in fp32, sharded. Beside them the gathered parameters of two blocks (the
-    second is fetched ahead) and of the root, or of all where they stay gathered; gradients of one block and of the root
-    before they are reduced, in the dtype of the computation and as the fp32 copy that is reduced, or, when they are
-    accumulated over micro-batches, of the whole local model in fp32; and activations (``activations.py``). A GPU counts
-    as full at ``USABLE_MEMORY`` of its memory: CUDA, NCCL's buffers and fragmentation have the rest.
 
 Time of a step
     compute    FLOPs of matrix products on this rank, recomputed ones included, over peak · efficiency. All that is
@@ -29,9 +22,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from zoo.accounting import FP32_BYTES, attention_flops, count_buffers, training_flops
+from zoo.accounting import attention_flops, training_flops
 from zoo.config import ModelConfig
-from zoo.parallel.activations import peak_activations
 from zoo.parallel.communication import (
     Collective,
     expert_exchanges,
@@ -39,15 +31,13 @@ from zoo.parallel.communication import (
     parameter_gathers,
     tensor_collectives,
 )
-from zoo.parallel.footprint import COMPUTE_BYTES, Holdings, Precision, Recompute, Units
+from zoo.parallel.footprint import Holdings, Precision, Recompute, Units
 from zoo.parallel.hardware import Gpu
 from zoo.parallel.mesh import MeshSizes
 
-USABLE_MEMORY = 0.9
 EFFICIENCY = 0.5
 """Share of the peak rate that a rank reaches while it computes. Whole runs, communication included, are published at
 0.38 to 0.43 (Llama 3 405B on H100, arXiv 2407.21783, table 4)."""
-ADAM_MOMENTS = 2
 ADAMW_BYTES = 28
 
 
@@ -165,28 +155,9 @@ def estimate(
         "exposed": setting.micro_batches * exposed,
         "hidden": setting.micro_batches * gather + reduction,
         "waiting": (setting.micro_batches - 1) * max(late, 0.0) + max(late + reduction, 0.0),
-        "optimizer": held.at_rest * ADAMW_BYTES / work.gpu.memory_bandwidth,
+        "optimizer": held.whole.at_rest * ADAMW_BYTES / work.gpu.memory_bandwidth,
     }
     return Estimate(layout, setting, memory, {kind: size for kind, size in sent.items() if size}, seconds)
-
-
-def peak_memory(work: Workload, sizes: MeshSizes, held: Holdings, setting: Setting) -> dict[str, float]:
-    """Bytes by purpose on the fullest rank at its fullest moment."""
-    itemsize, tokens = COMPUTE_BYTES[work.precision], setting.micro_batch * work.sequence_length
-    parameters = held.at_rest * FP32_BYTES
-    gathered = 2 * held.block_bytes + held.root * itemsize if setting.reshard else held.gathered_bytes
-    if setting.micro_batches > 1:
-        unreduced = held.gathered * FP32_BYTES + held.block_bytes
-    else:
-        unreduced = (held.block + held.root) * (itemsize + FP32_BYTES)
-    return {
-        "parameters": parameters + count_buffers(work.config) * FP32_BYTES,
-        "gradients": parameters,
-        "optimizer": ADAM_MOMENTS * parameters,
-        "gathered parameters": gathered,
-        "unreduced gradients": unreduced,
-        "activations": peak_activations(work.config, tokens, itemsize, sizes, setting.recompute),
-    }
 
 
 def _total(collectives: Iterable[Collective], gpu: Gpu) -> float:

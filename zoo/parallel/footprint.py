@@ -127,41 +127,76 @@ def _parents(name: str) -> Iterator[str]:
     yield ""
 
 
+@dataclass(frozen=True)
+class Share:
+    """One rank's part of some parameters."""
+
+    at_rest: int = 0
+    """Elements kept between steps; as many gradients, and each of Adam's moments."""
+    gathered: int = 0
+    """Elements computed with in a step."""
+    gathered_bytes: int = 0
+    """Their bytes, in the dtypes of the computation."""
+
+    def __add__(self, other: Share) -> Share:
+        return Share(
+            self.at_rest + other.at_rest,
+            self.gathered + other.gathered,
+            self.gathered_bytes + other.gathered_bytes,
+        )
+
+    def __mul__(self, times: int) -> Share:
+        return Share(times * self.at_rest, times * self.gathered, times * self.gathered_bytes)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Holdings:
-    """Parameters of one rank, in elements where not said otherwise.
+class Layers:
+    """Equal blocks that follow each other.
 
     Attributes:
-        at_rest: Kept between steps; as many gradients, and each of Adam's moments.
-        gathered: Computed with in a step, over all units.
-        gathered_bytes: The same in the dtypes of the computation.
-        block: Of the largest block while it is gathered, its experts included.
-        block_bytes: The same in the dtypes of the computation.
-        root: Of embedding, final norm and output head while they are gathered.
+        count: How many.
+        block: Of one block, without experts that are a unit of their own.
+        experts: Of its experts, if they are.
     """
 
-    at_rest: int
-    gathered: int
-    gathered_bytes: int
-    block: int
-    block_bytes: int
-    root: int
+    count: int
+    block: Share
+    experts: Share
 
 
-def holdings(units: Units, sizes: MeshSizes, precision: Precision) -> Holdings:
-    """What the fullest rank holds of ``units``."""
-    totals: Counter[str] = Counter()
-    block: dict[str, tuple[int, int]] = {}
+@dataclass(frozen=True, kw_only=True)
+class Holdings:
+    """Parameters of one rank.
+
+    Attributes:
+        whole: Of all units.
+        root: Of embedding, final norm and output head.
+        layers: Of the blocks, in order: those with a dense FFN first.
+    """
+
+    whole: Share
+    root: Share
+    layers: tuple[Layers, ...]
+
+
+def holdings(config: ModelConfig, units: Units, sizes: MeshSizes, precision: Precision) -> Holdings:
+    """What the fullest rank holds of ``units``, which are those of ``config``."""
+    shares: dict[str, list[tuple[Share, int]]] = {kind: [] for kind in ("root", "block", "experts", "full_precision")}
+    whole = Share()
     for unit, count in units.items():
         gathered = unit.gathered(sizes)
-        size = gathered * unit.compute_bytes(precision)
-        totals.update(at_rest=count * unit.at_rest(sizes), gathered=count * gathered, gathered_bytes=count * size)
-        if unit.kind == "root":
-            totals["root"] = gathered
-        else:
-            block[unit.kind] = max(block.get(unit.kind, (0, 0)), (gathered, size))
-    return Holdings(
-        **totals,
-        block=sum(elements for elements, _ in block.values()),
-        block_bytes=sum(size for _, size in block.values()),
+        share = Share(unit.at_rest(sizes), gathered, gathered * unit.compute_bytes(precision))
+        shares[unit.kind].append((share, count))
+        whole += share * count
+    experts = shares["experts"][0][0] if shares["experts"] else Share()
+    router = shares["full_precision"][0][0] if shares["full_precision"] else Share()
+    dense = len(shares["block"]) > 1 or config.moe is None
+    layers = tuple(
+        Layers(
+            count=count,
+            block=share if dense and i == 0 else share + router,
+            experts=Share() if dense and i == 0 else experts,
+        )
+        for i, (share, count) in enumerate(shares["block"])
     )
+    return Holdings(whole=whole, root=shares["root"][0][0], layers=layers)

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from zoo.parallel.apply import check_sizes
-from zoo.parallel.estimate import USABLE_MEMORY, Estimate, Layout, Setting, Workload, estimate, peak_memory
+from zoo.parallel.estimate import Estimate, Layout, Setting, Workload, estimate
 from zoo.parallel.footprint import Recompute, Units, holdings, resolve_units
+from zoo.parallel.memory import USABLE_MEMORY, peak_memory
 from zoo.parallel.mesh import MeshSizes
 from zoo.parallel.plan import Plan, ResolvedPlan, load_plan, plan_names
 
@@ -111,7 +112,7 @@ def _consider(
     if work.global_batch % sizes.data:
         reason = f"{work.global_batch} sequences a step are not divisible by {sizes.data} data ranks"
         return Rejected(name, wanted, "batch", reason)
-    held = holdings(units, sizes, work.precision)
+    held = holdings(work.config, units, sizes, work.precision)
     settings = {setting: peak_memory(work, sizes, held, setting) for setting in _settings(work, sizes)}
     limit = USABLE_MEMORY * work.gpu.memory
     fitting = [
