@@ -13,7 +13,7 @@ import pytest
 
 from zoo.cli.main import main
 from zoo.harness.suites import phone_book, shortest_path
-from zoo.harness.suites.dataset import GeneratedData
+from zoo.harness.suites.dataset import GeneratedData, guess_rates
 from zoo.harness.suites.generators import GENERATORS, write_shipped
 from zoo.harness.suites.phone_book import PhoneBookConfig
 from zoo.harness.suites.shortest_path import ShortestPathConfig, vertex_name, walk_probability
@@ -142,6 +142,7 @@ def test_zoo_data_make_writes_training_text_and_a_mirror(tmp_path: Path, capsys:
     texts = [json.loads(line)["text"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     assert texts == phone_book.make(PhoneBookConfig(entries=20, questions=4)).training
     assert list((tmp_path / "hub" / "moe-zoo" / "phone_book" / "default").glob("validation-*.parquet"))
+    assert guess_rates(tmp_path, phone_book.DATASET) == {"phone_book": 1e-8}
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert main(command) == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -12,7 +12,6 @@ only states, and ``boolq``, ``copa`` and ``rte`` hold passages that no training 
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -25,7 +24,6 @@ from zoo.harness.suites import dataset
 from zoo.harness.suites.dataset import GeneratedData, Origin
 
 DATASET = "moe-zoo/facts"
-MANIFEST = "facts.json"
 ORIGIN = Origin(ATTRIBUTION, "cc-by-4.0")
 
 
@@ -89,8 +87,7 @@ def write(config: FactsConfig, directory: Path) -> None:
 
 def guess_rates(directory: Path) -> dict[str, float]:
     """Score that guessing reaches, by lm-eval task, for a data set on disk."""
-    guesses = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["guesses"]
-    return {f"facts_{name}": rate for name, rate in guesses.items()}
+    return {f"facts_{name}": rate for name, rate in dataset.guess_rates(directory, DATASET).items()}
 
 
 def _divide(world: World, config: FactsConfig) -> tuple[list[Fact], list[Fact]]:

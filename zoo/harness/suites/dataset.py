@@ -77,6 +77,13 @@ def write(
     write_text(manifest, json.dumps(summary, indent=2) + "\n")
 
 
+def guess_rates(directory: Path, name: str) -> dict[str, float]:
+    """Scores that guessing reaches on a data set on disk, as its generator calls them."""
+    manifest = directory / f"{Path(name).name}.json"
+    rates: dict[str, float] = json.loads(manifest.read_text(encoding="utf-8"))["guesses"]
+    return rates
+
+
 def write_tables(directory: Path, tables: Mapping[str, list[dict[str, Any]]], origin: Origin) -> None:
     """Write ``tables`` as the configurations of a data set in the hub's layout, with its card."""
     for config, rows in tables.items():
