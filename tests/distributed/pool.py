@@ -45,6 +45,11 @@ class WorkerPool:
         assert not failed, "\n".join(failed)
         return [result for _, result in answers]
 
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers by rank."""
+        return [process.pid for process, _ in self._workers]
+
     def close(self) -> None:
         """End the workers."""
         for process, connection in self._workers:

@@ -61,15 +61,24 @@ class Saver:
         """Whether this rank's part in the last checkpoint is over, well or not."""
         return self._writing is None or self._writing.done()
 
-    def save(self, path: Path, tensors: Tensors, meta: dict[str, Any]) -> None:
-        """Write a checkpoint, or begin to; afterwards ``tensors`` and ``meta`` may change.
+    def save(self, path: Path, checkpoint: dict[str, Any]) -> None:
+        """Write a checkpoint, or begin to; afterwards what is in it may change.
+
+        Args:
+            path: Directory to make.
+            checkpoint: ``state_dict`` of this rank's shards, one ``optimizer_state`` in ``optimizer_states``, and
+                anything else, of which rank 0's is kept.
 
         Raises:
             OSError: on every rank, where one could not write this one or, in the background, the one before.
         """
         self.wait()
+        (optimizer,) = checkpoint["optimizer_states"]
+        tensors = {f"{MODEL}{name}": tensor for name, tensor in checkpoint["state_dict"].items()}
+        tensors |= {f"{OPTIMIZER}{name}": tensor for name, tensor in optimizer["state"].items()}
+        meta = {key: value for key, value in checkpoint.items() if key != "state_dict"}
         packed = io.BytesIO()
-        torch.save(meta, packed)
+        torch.save(meta | {"optimizer_states": [{"param_groups": optimizer["param_groups"]}]}, packed)
         if self._background:
             self._stage(tensors)
             self._writing = self._thread.submit(_write, path, self._staged, packed.getvalue(), self._group)

@@ -184,12 +184,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
             OSError: on every rank, where one could not write this one or the one begun before; others are intact.
         """
         assert self._saver is not None
-        (optimizer,) = checkpoint["optimizer_states"]
-        tensors = {f"{sharded.MODEL}{name}": tensor for name, tensor in checkpoint["state_dict"].items()}
-        tensors |= {f"{sharded.OPTIMIZER}{name}": tensor for name, tensor in optimizer["state"].items()}
-        meta = {key: value for key, value in checkpoint.items() if key != "state_dict"}
-        meta["optimizer_states"] = [{"param_groups": optimizer["param_groups"]}]
-        self._saver.save(Path(self.broadcast(str(filepath))), tensors, meta)
+        self._saver.save(Path(self.broadcast(str(filepath))), checkpoint)
 
     def saved(self, *, wait: bool) -> bool:
         """Whether the last checkpoint stands, the same on every rank. Every rank calls it, and may ``wait`` for it.
