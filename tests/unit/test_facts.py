@@ -19,7 +19,7 @@ from zoo.harness.facts.build import DATASET
 from zoo.harness.facts.passages import TASKS, Inventor, as_text, split_of
 from zoo.harness.facts.world import CAPITAL, COUNTRY, CURRENCY, World, load_world
 from zoo.harness.runner import task_manager
-from zoo.harness.statistics import chance_p_value
+from zoo.harness.significance import chance_p_value
 from zoo.harness.suites.dataset import MIRROR, GeneratedData
 
 CONFIG = facts.FactsConfig(cities=120, statements_per_fact=3, questions_per_fact=2, passages=1600, items=400)

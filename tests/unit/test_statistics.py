@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-from math import comb
-
 import numpy as np
 import pytest
 from scipy import stats
 
-from zoo.harness.statistics import align, bootstrap, chance_p_value, gain_ratio
+from zoo.harness.statistics import align, bootstrap, gain_ratio, quotient
 
 
 def zeros_and_ones(right: int, wrong: int) -> np.ndarray:
@@ -17,7 +14,8 @@ def zeros_and_ones(right: int, wrong: int) -> np.ndarray:
 
 
 def table(*models: np.ndarray) -> np.ndarray:
-    return np.stack(models, axis=1)
+    """Scores [1, N, M] of one seed."""
+    return np.stack(models, axis=1)[None]
 
 
 def test_mean_weighs_tasks_equally_whatever_their_number_of_items() -> None:
@@ -33,13 +31,43 @@ def test_interval_agrees_with_scipys_percentile_bootstrap() -> None:
     assert ours.high == pytest.approx(theirs.high, abs=0.006)
 
 
-def test_interval_holds_the_true_rate_about_95_times_in_100() -> None:
+def test_interval_over_seeds_alone_is_students() -> None:
+    """Models that are right on all items or none: only the seeds vary. With 3 of them t(2) = 4.303."""
+    differences = np.array([0.1, 0.2, 0.6])
+    seeds = np.stack([np.full((3, 40), 0.0) + differences[:, None], np.zeros((3, 40))], axis=2)
+    ours = bootstrap([seeds]).difference(0, 1)
+    theirs = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    assert ours.value == pytest.approx(0.3)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.03)
+
+
+def test_interval_over_seeds_and_items_has_the_variance_of_crossed_effects() -> None:
+    """Against the moment estimates of Searle, Casella and McCulloch, from an analysis of variance written out."""
     draw = np.random.default_rng(0)
-    covered = 0
-    for repetition in range(200):
-        estimate = bootstrap([table(draw.binomial(1, 0.3, size=150).astype(float))], 1000, seed=repetition).score(0)
-        covered += not estimate.excludes(0.3)
-    assert 180 <= covered <= 199
+    seeds, items = 40, 300  # so many seeds that t is normal
+    scores = (
+        0.02 * draw.normal(size=(seeds, 1)) + 0.3 * draw.normal(size=items) + 0.2 * draw.normal(size=(seeds, items))
+    )
+    by_seed, by_item = scores.mean(axis=1), scores.mean(axis=0)
+    error = scores - by_seed[:, None] - by_item + scores.mean()
+    squares = items * by_seed.var(ddof=1), seeds * by_item.var(ddof=1), (error**2).sum() / ((seeds - 1) * (items - 1))
+    expected = (squares[0] + squares[1] - squares[2]) / (seeds * items)
+    assert bootstrap([scores[..., None]]).replicates.var() == pytest.approx(expected, rel=0.1)
+
+
+def test_seeds_that_are_good_for_both_models_do_not_widen_their_difference() -> None:
+    second = np.repeat([[0.1], [0.5], [0.9]], 50, axis=1)
+    boot = bootstrap([np.stack([second + 0.1, second], axis=2)])
+    assert boot.difference(0, 1).low == pytest.approx(0.1) == boot.difference(0, 1).high
+    assert boot.score(0).low == 0 and boot.score(0).high == 1, "three seeds so far apart say little of a fourth"
+
+
+def test_items_drawn_in_groups_of_equal_scores_are_items_drawn_one_by_one() -> None:
+    """Distinct scores make groups of one; equal ones the same distribution."""
+    scores = zeros_and_ones(70, 130)
+    apart = bootstrap([table(scores + np.arange(200) * 1e-9)]).score(0)
+    together = bootstrap([table(scores)]).score(0)
+    assert (together.low, together.high) == pytest.approx((apart.low, apart.high), abs=0.006)
 
 
 def test_pairing_narrows_the_interval_of_a_difference() -> None:
@@ -74,24 +102,24 @@ def test_ratio_is_not_given_where_comprehension_does_not_differ() -> None:
     assert gain_ratio(knowledge, comprehension, 0, 1) is None
 
 
+def test_quotient_is_fiellers_set() -> None:
+    """Independent normal numerator and denominator: Fieller (1954) in closed form."""
+    draw = np.random.default_rng(0)
+    above, below, error = 3.0, 2.0, 0.4
+    numerators, denominators = (centre + error * draw.normal(size=400_000) for centre in (above, below))
+    ours = quotient(above, numerators, below, denominators)
+    z = stats.norm.ppf(0.975)
+    g = (z * error / below) ** 2
+    half = z * error / below * np.sqrt(1 + (above / below) ** 2 - g)
+    assert ours is not None and ours.value == 1.5
+    assert (ours.low, ours.high) == pytest.approx(((1.5 - half) / (1 - g), (1.5 + half) / (1 - g)), rel=0.01)
+    assert quotient(above, numerators, 0.5, denominators - 1.5) is None, "0.5 ± 0.78 may be zero: unbounded"
+    mirrored = quotient(-above, -numerators, -below, -denominators)
+    assert mirrored == ours
+
+
 def test_relative_gain_over_nothing_is_not_given() -> None:
     assert bootstrap([table(zeros_and_ones(5, 5), zeros_and_ones(0, 10))]).relative_gain(0, 1) is None
-
-
-@pytest.mark.parametrize(("correct", "items", "chance"), [(0, 10, 0.5), (8, 10, 0.5), (10, 10, 0.5), (3, 40, 0.06)])
-def test_chance_test_is_the_exact_binomial_tail(correct: int, items: int, chance: float) -> None:
-    p = Fraction(chance)
-    by_hand = sum(comb(items, k) * p**k * (1 - p) ** (items - k) for k in range(correct, items + 1))
-    assert chance_p_value(correct, items, chance) == pytest.approx(float(by_hand))
-    assert chance_p_value(correct, items, chance) == pytest.approx(
-        stats.binomtest(correct, items, chance, alternative="greater").pvalue
-    )
-
-
-@pytest.mark.parametrize(("correct", "items", "chance"), [(11, 10, 0.5), (-1, 10, 0.5), (1, 10, 1.5)])
-def test_chance_test_refuses_impossible_counts(correct: int, items: int, chance: float) -> None:
-    with pytest.raises(ValueError, match=r"correct|chance"):
-        chance_p_value(correct, items, chance)
 
 
 def test_items_are_aligned_by_key_and_must_be_the_same() -> None:
@@ -104,4 +132,6 @@ def test_bootstrap_needs_items_and_the_same_models_everywhere() -> None:
     with pytest.raises(ValueError, match="at least one"):
         bootstrap([])
     with pytest.raises(ValueError, match="same models"):
-        bootstrap([np.zeros((3, 1)), np.zeros((3, 2))])
+        bootstrap([np.zeros((1, 3, 1)), np.zeros((1, 3, 2))])
+    with pytest.raises(ValueError, match="same seeds"):
+        bootstrap([np.zeros((1, 3, 2)), np.zeros((2, 3, 2))])

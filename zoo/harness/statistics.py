@@ -1,11 +1,22 @@
-"""Intervals, paired differences and tests for scores measured item by item.
+"""Intervals of scores measured item by item, for models trained with several seeds and scored on the same items.
 
-Every interval is a percentile bootstrap (Efron and Tibshirani, 1993, chapter 13) over the evaluation items. Models are
-scored on the same items and are resampled together, so that what makes an item easy for both does not widen the
-interval of their difference. The intervals therefore speak about other items of the same kind. They do not speak about
-other training runs: that takes several seeds.
+Scores vary for two reasons that cross each other: the items that happen to be asked, and the runs that happen to be
+trained. With y[s, i] the score of seed s on item i = mean + a[s] + b[i] + e[s, i], the mean over S seeds and N items
+has the variance σa²/S + σb²/N + σe²/(SN) (two-way random effects: Searle, Casella and McCulloch, 1992, chapter 4).
+Resampling both with replacement misses it twice: it counts σe² three times (Owen, 2007, the pigeonhole bootstrap), and
+the few seeds that are affordable give a variance on S - 1 degrees of freedom, which a percentile interval takes for
+known. Therefore
 
-Shapes: N items of one task, M models, R resamples.
+* items are resampled with replacement (percentile bootstrap, Efron and Tibshirani, 1993, chapter 13). With several
+  seeds their deviations are scaled to the covariance σb²/N, for the spread of the seeds' means already holds σe²;
+* seeds are resampled by multipliers (Wu, 1986) with the tails of Student's t on S - 1 degrees of freedom: of any linear
+  contrast of models this part alone gives the t interval of the seeds' means.
+
+Models share the draws of both, so that what makes an item or a seed easy for all does not widen their difference. With
+one seed only items are drawn: the intervals then speak about these trained models, not about other runs of the kind.
+``tests/unit/test_statistics_coverage.py`` has the coverage that this reaches.
+
+Shapes: S seeds, N items of one task, M models, R resamples.
 """
 
 from __future__ import annotations
@@ -15,12 +26,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binom
 
 Array = NDArray[np.float64]
 
 LEVEL = 0.95
 RESAMPLES = 10_000
+
+_CELLS = 2_000_000
+"""Counts held at a time."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Mean scores of M models, and the same means in R resamples of the items."""
+    """Mean scores of M models, and the same means in R resamples."""
 
     means: Array
     """[M]"""
@@ -46,56 +59,97 @@ class Bootstrap:
     """[R, M]"""
 
     def score(self, model: int) -> Estimate:
-        """Mean score of one model."""
-        return _estimate(self.means[model], self.replicates[:, model])
+        """Mean score of one model; its bounds stay between 0 and 1, as every score does."""
+        estimate = _estimate(self.means[model], self.replicates[:, model])
+        return Estimate(estimate.value, max(0.0, estimate.low), min(1.0, estimate.high))
 
     def difference(self, model: int, reference: int) -> Estimate:
-        """Mean score of ``model`` minus that of ``reference``, paired by item."""
+        """Mean score of ``model`` minus that of ``reference``, paired by item and seed."""
         return _estimate(
             self.means[model] - self.means[reference], self.replicates[:, model] - self.replicates[:, reference]
         )
 
     def relative_gain(self, model: int, reference: int) -> Estimate | None:
         """(score - reference score) / reference score; ``None`` where the reference may score zero."""
-        if self.means[reference] <= 0 or (self.replicates[:, reference] <= 0).any():
-            return None
-        return _estimate(*self._relative_gains(model, reference))
-
-    def _relative_gains(self, model: int, reference: int) -> tuple[float, Array]:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return (
-                float(self.means[model] / self.means[reference] - 1),
-                self.replicates[:, model] / self.replicates[:, reference] - 1,
-            )
+        return quotient(
+            float(self.means[model] - self.means[reference]),
+            self.replicates[:, model] - self.replicates[:, reference],
+            float(self.means[reference]),
+            self.replicates[:, reference],
+        )
 
 
 def bootstrap(tasks: Sequence[Array], resamples: int = RESAMPLES, seed: int = 0) -> Bootstrap:
-    """Resample the items of each task with replacement.
+    """Resample the items of each task, and the seeds.
 
     Args:
-        tasks: one array [N, M] for each task: the score of every model on every item. Tasks count equally, whatever
-            their number of items (as in SuperGLUE's average).
+        tasks: one array [S, N, M] for each task: the score, from 0 to 1, of every model on every item. Tasks count
+            equally, whatever their number of items (as in SuperGLUE's average).
         resamples: R.
-        seed: of the resampling; equal seeds give equal intervals.
+        seed: of the resampling of items; equal seeds give equal intervals. The draws over training seeds are the same
+            for every ``seed``: a training seed that is good for one set of tasks is the same one for another.
 
     Raises:
-        ValueError: there is no task, a task has no items, or tasks disagree about the number of models.
+        ValueError: there is no task, a task has no items, or tasks disagree about the number of seeds or models.
     """
-    if not tasks or any(task.ndim != 2 or not len(task) for task in tasks):
-        raise ValueError(f"tasks of shape {[task.shape for task in tasks]}: give at least one, each with an item")
-    if len({task.shape[1] for task in tasks}) > 1:
-        raise ValueError(f"tasks of shape {[task.shape for task in tasks]}: score the same models on every task")
+    shapes = [task.shape for task in tasks]
+    if not tasks or any(len(shape) != 3 or 0 in shape for shape in shapes):
+        raise ValueError(f"tasks of shape {shapes}: give at least one, each with a seed, an item and a model")
+    if len({(shape[0], shape[2]) for shape in shapes}) > 1:
+        raise ValueError(f"tasks of shape {shapes}: score the same seeds and the same models on every task")
     generator = np.random.default_rng(seed)
-    means = np.mean([task.mean(axis=0) for task in tasks], axis=0)
-    replicates = np.mean([_resampled_means(task, resamples, generator) for task in tasks], axis=0)
+    means = np.mean([task.mean(axis=(0, 1)) for task in tasks], axis=0)
+    replicates = np.mean([_over_items(task, resamples, generator) for task in tasks], axis=0)
+    if shapes[0][0] > 1:
+        replicates = replicates + _over_seeds(np.mean([task.mean(axis=1) for task in tasks], axis=0), resamples)
     return Bootstrap(means, replicates)
 
 
-def _resampled_means(task: Array, resamples: int, generator: np.random.Generator) -> Array:
-    """[R, M]. How often each item is drawn is multinomial, which saves the [R, N] table of drawn indices."""
-    items = len(task)
-    counts = generator.multinomial(items, np.full(items, 1 / items), size=resamples)
-    return counts @ task / items
+def _over_items(task: Array, resamples: int, generator: np.random.Generator) -> Array:
+    """[R, M] means over resampled items.
+
+    Items with equal scores are drawn together: how often each such group is drawn is multinomial. Of right and wrong
+    answers there are few groups, however many items.
+    """
+    seeds, items, models = task.shape
+    groups, sizes = np.unique(task.mean(axis=0).round(12), axis=0, return_counts=True)
+    replicates = np.empty((resamples, models))
+    for start in range(0, resamples, step := max(1, _CELLS // len(groups))):
+        counts = generator.multinomial(items, sizes / items, size=min(step, resamples - start))
+        replicates[start : start + step] = counts @ groups / items
+    if seeds == 1:
+        return replicates
+    mean = task.mean(axis=(0, 1))
+    return mean + (replicates - mean) @ _item_scale(task)
+
+
+def _item_scale(task: Array) -> Array:
+    """[M, M] that takes deviations of item means with covariance σb² + σe²/S to such with covariance σb²."""
+    seeds, items, models = task.shape
+    if items == 1:
+        return np.zeros((models, models))
+    by_item, by_seed = task.mean(axis=0), task.mean(axis=1)
+    residual = (task - by_item - by_seed[:, None] + by_item.mean(axis=0)).reshape(-1, models)
+    total = np.cov(by_item, rowvar=False).reshape(models, models)
+    of_items = total - residual.T @ residual / ((seeds - 1) * (items - 1) * seeds)
+    return _power(total, -0.5) @ _power(of_items, 0.5)
+
+
+def _power(matrix: Array, exponent: float) -> Array:
+    """Power of a symmetric matrix within the span of its positive eigenvalues."""
+    values, vectors = np.linalg.eigh(matrix)
+    positive = values > 1e-12 * max(float(np.abs(values).max()), 1e-12)
+    powers = np.where(positive, np.where(positive, values, 1.0) ** exponent, 0.0)
+    return (vectors * powers) @ vectors.T
+
+
+def _over_seeds(means: Array, resamples: int) -> Array:
+    """[R, M] deviations whose linear contrasts are t-distributed with the standard error of ``means`` [S, M]."""
+    seeds = len(means)
+    generator = np.random.default_rng([seeds, resamples])
+    multipliers = generator.standard_normal((resamples, seeds))
+    tails = np.sqrt((seeds - 1) / generator.chisquare(seeds - 1, size=(resamples, 1)))
+    return tails * (multipliers @ (means - means.mean(axis=0))) / np.sqrt(seeds * (seeds - 1))
 
 
 def _estimate(value: float, replicates: Array) -> Estimate:
@@ -103,35 +157,47 @@ def _estimate(value: float, replicates: Array) -> Estimate:
     return Estimate(float(value), float(low), float(high))
 
 
+def quotient(numerator: float, numerators: Array, denominator: float, denominators: Array) -> Estimate | None:
+    """A ratio and its interval; ``None`` where the denominator cannot be told from zero.
+
+    It is the bootstrap's form of Fieller's set (1954): the ratios ρ for which numerator - ρ · denominator cannot be
+    told from zero. Replicates whose denominator has the other sign have no place on the line: they count against both
+    bounds. Once there are more of them than an interval leaves out, the set is unbounded: there is nothing to report.
+
+    Args:
+        numerators: replicates [R] of the numerator.
+        denominators: [R], of the same resamples.
+    """
+    same_sign = denominators * np.sign(denominator) > 0
+    ratios = numerators / np.where(same_sign, denominators, 1.0)
+    with np.errstate(invalid="ignore"):  # halfway between an infinity and a number is no number: unbounded too
+        low = np.quantile(np.where(same_sign, ratios, -np.inf), (1 - LEVEL) / 2)
+        high = np.quantile(np.where(same_sign, ratios, np.inf), (1 + LEVEL) / 2)
+    if not np.isfinite([low, high]).all():
+        return None
+    return Estimate(numerator / denominator, float(low), float(high))
+
+
 def gain_ratio(knowledge: Bootstrap, comprehension: Bootstrap, model: int, reference: int) -> Estimate | None:
     """Relative gain on knowledge divided by relative gain on comprehension.
 
-    The two sets of items are independent, so their resamples, drawn with different seeds, are combined as they come.
-    Returns ``None`` where the ratio
-    says nothing: a gain on comprehension whose interval holds zero makes its interval unbounded.
+    Their items are independent, so the resamples of items, drawn with different seeds, are combined as they come; those
+    of training seeds are the same for both. ``None`` where a reference may score zero, and where the gain on
+    comprehension cannot be told from zero: the interval of the ratio is then unbounded.
     """
-    above = knowledge.relative_gain(model, reference)
-    below = comprehension.relative_gain(model, reference)
-    if above is None or below is None or not below.excludes(0.0):
+    skills = (knowledge, comprehension)
+    if any(skill.relative_gain(model, reference) is None for skill in skills):
         return None
-    gains_above, gains_below = (b._relative_gains(model, reference)[1] for b in (knowledge, comprehension))
-    return _estimate(above.value / below.value, gains_above / gains_below)
+    (above, replicates_above), (below, replicates_below) = (_gains(skill, model, reference) for skill in skills)
+    return quotient(above, replicates_above, below, replicates_below)
 
 
-def chance_p_value(correct: int, items: int, chance: float) -> float:
-    """Probability of ``correct`` or more right answers to ``items`` by guessing: the exact one-sided binomial test.
-
-    Where items differ in their guess rate, ``chance`` is the mean rate. The test is then conservative for
-    counts above the mean (Hoeffding, 1956, theorem 5).
-
-    Raises:
-        ValueError: ``chance`` is not a probability, or ``correct`` is not between 0 and ``items``.
-    """
-    if not 0 <= chance <= 1:
-        raise ValueError(f"chance = {chance}: give a probability")
-    if not 0 <= correct <= items:
-        raise ValueError(f"correct = {correct}: it must lie between 0 and the {items} items")
-    return float(binom.sf(correct - 1, items, chance))
+def _gains(skill: Bootstrap, model: int, reference: int) -> tuple[float, Array]:
+    """Relative gain and its replicates; one whose reference is not positive counts as no gain."""
+    references = skill.replicates[:, reference]
+    positive = references > 0
+    gains = np.where(positive, skill.replicates[:, model] / np.where(positive, references, 1.0) - 1, 0.0)
+    return float(skill.means[model] / skill.means[reference] - 1), gains
 
 
 def align(scores: Sequence[Mapping[str, float]]) -> Array:

@@ -20,7 +20,8 @@ from zoo.config import to_dict
 from zoo.harness.compare import Run
 from zoo.harness.facts import guess_rates
 from zoo.harness.headline import sentences
-from zoo.harness.statistics import Array, Bootstrap, Estimate, align, bootstrap, chance_p_value, gain_ratio
+from zoo.harness.significance import chance_p_value
+from zoo.harness.statistics import Array, Bootstrap, Estimate, align, bootstrap, gain_ratio
 from zoo.harness.study import Model, Study
 from zoo.training.run import environment
 
@@ -80,8 +81,8 @@ def summarise(study: Study, runs: Sequence[Run], out: Path, command: str) -> dic
 
 
 def _bootstrap(scores: Scores, tasks: Sequence[str], seed: int = 0) -> Bootstrap:
-    """An item's score is its mean over the training seeds; ``seed`` is that of the resampling."""
-    return bootstrap([np.mean(scores[task], axis=0) for task in tasks], seed=seed)
+    """Over items and training seeds; ``seed`` is that of the resampling of items."""
+    return bootstrap([np.stack(scores[task]) for task in tasks], seed=seed)
 
 
 def _score(
