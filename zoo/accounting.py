@@ -122,7 +122,7 @@ def forward_flops(config: ModelConfig, sequence_length: int) -> float:
     parameters = count_parameters(config)
     weights = config.vocab_size * config.hidden_size
     for layer in range(config.num_layers):
-        weights += parameters.layers[layer].active - _non_matmul(config)
+        weights += parameters.layers[layer].active - _non_matmul(config, layer)
     return 2.0 * weights + attention_flops(config, sequence_length) * config.num_layers
 
 
@@ -178,14 +178,15 @@ def _layer(config: ModelConfig, layer: int) -> LayerParameters:
     if not config.is_moe_layer(layer):
         return LayerParameters(norms=_norms(config), mixer=mixer, dense_ffn=_swiglu(width, config.intermediate_size))
     moe = _moe(config)
-    expert = _swiglu(width, moe.moe_intermediate_size)
+    matrices = _swiglu(width, moe.moe_intermediate_size)
+    expert = matrices + _expert_biases(width, moe)
     return LayerParameters(
         norms=_norms(config),
         mixer=mixer,
-        router=moe.num_experts * width,
+        router=moe.num_experts * width + _router_biases(moe),
         routed_experts=moe.num_experts * expert,
         active_experts=moe.top_k * expert,
-        shared_experts=moe.num_shared_experts * expert + (width if moe.shared_expert_gate else 0),
+        shared_experts=moe.num_shared_experts * matrices + (width if moe.shared_expert_gate else 0),
     )
 
 
@@ -201,10 +202,10 @@ def _attention_parameters(hidden_size: int, a: AttentionConfig) -> int:
 
 
 def _attention_vectors(hidden_size: int, a: AttentionConfig) -> int:
-    """Biases and the norms of queries and keys: parameters that no token is matrix-multiplied with."""
+    """Biases, sinks and the norms of queries and keys: parameters that no token is matrix-multiplied with."""
     bias = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim if a.qkv_bias else 0
     normed = {None: 0, "head": 2 * a.head_dim, "projection": (a.num_heads + a.num_kv_heads) * a.head_dim}
-    return bias + (hidden_size if a.output_bias else 0) + normed[a.qk_norm]
+    return bias + (hidden_size if a.output_bias else 0) + normed[a.qk_norm] + (a.num_heads if a.sinks else 0)
 
 
 def _mla_parameters(hidden_size: int, m: MLAConfig) -> int:
@@ -224,9 +225,21 @@ def _mla_vectors(m: MLAConfig) -> int:
     return m.kv_lora_rank + (m.q_lora_rank or 0)
 
 
-def _non_matmul(config: ModelConfig) -> int:
+def _expert_biases(hidden_size: int, moe: MoEConfig) -> int:
+    """Of one expert: those of gate, up and down."""
+    return 0 if moe.swiglu_limit is None else 2 * moe.moe_intermediate_size + hidden_size
+
+
+def _router_biases(moe: MoEConfig) -> int:
+    return moe.num_experts if moe.router_logit_bias else 0
+
+
+def _non_matmul(config: ModelConfig, layer: int) -> int:
     """Parameters of one layer that are added or multiplied element by element: norms and biases."""
     inside = _mla_vectors(config.mla) if config.mla else _attention_vectors(config.hidden_size, _attention(config))
+    if config.is_moe_layer(layer):
+        moe = _moe(config)
+        inside += _router_biases(moe) + moe.top_k * _expert_biases(config.hidden_size, moe)
     return _norms(config) + inside
 
 

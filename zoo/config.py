@@ -94,6 +94,8 @@ class AttentionConfig:
     """Scores are divided by the root of this; None: of ``head_dim``."""
     logit_softcap: float | None = None
     """Scores x become c·tanh(x / c) before the mask."""
+    sinks: bool = False
+    """A learned score for every head that takes part in the softmax, and attends to nothing."""
 
     def window(self, layer: int) -> int | None:
         """Sliding window of layer number ``layer`` (from 0), None where it sees everything before it."""
@@ -128,6 +130,10 @@ class MoEConfig:
     group_score: Literal["max", "top2_sum"] = "max"
     router_bias: bool = False
     """A bias that takes part in the selection of experts only, never in their weights (arXiv 2408.15664)."""
+    router_logit_bias: bool = False
+    """A trained bias of the router's logits."""
+    swiglu_limit: float | None = None
+    """Experts have biases and a SwiGLU clamped to ± this (``zoo/moe/clamped.py``)."""
     num_shared_experts: int = 0
     """Shared experts are one SwiGLU FFN of ``num_shared_experts * moe_intermediate_size``."""
     shared_expert_gate: bool = False
@@ -258,6 +264,12 @@ def _validate_rope(r: RopeConfig) -> None:
 
 
 def _validate_attention(a: AttentionConfig) -> None:
+    _require(
+        not (a.sinks and a.logit_softcap is not None),
+        "attention.sinks",
+        True,
+        "not together with logit_softcap; drop one",
+    )
     _require(a.num_heads >= 1, "attention.num_heads", a.num_heads, "give a positive integer")
     _require(a.num_kv_heads >= 1, "attention.num_kv_heads", a.num_kv_heads, "give a positive integer")
     _require(
@@ -333,6 +345,12 @@ def _validate_moe(m: MoEConfig, num_layers: int) -> None:
         "moe.group_score",
         m.group_score,
         f"groups of {group_size} expert have no two best scores; use max",
+    )
+    _require(
+        m.swiglu_limit is None or m.swiglu_limit > 0,
+        "moe.swiglu_limit",
+        m.swiglu_limit,
+        "give a positive limit, or null for experts without biases and limit",
     )
     _require(m.num_shared_experts >= 0, "moe.num_shared_experts", m.num_shared_experts, "give 0 or more")
     _require(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from zoo.cache import Cache, LayerCache
 from zoo.config import ModelConfig
-from zoo.layers.attention import Attention, SoftcappedAttention
+from zoo.layers.attention import Attention, SinkAttention, SoftcappedAttention
 from zoo.layers.ffn import GEGLU, SwiGLU
 from zoo.layers.mla import MLA
 from zoo.layers.norm import RMSNorm, UnitOffsetRMSNorm
@@ -141,6 +141,8 @@ def _embedding(config: ModelConfig) -> nn.Embedding:
 def _mixer(config: ModelConfig, layer: int) -> Attention | MLA:
     if config.attention is None:
         return MLA(config)
+    if config.attention.sinks:
+        return SinkAttention(config, layer)
     capped = config.attention.logit_softcap is not None
     return SoftcappedAttention(config, layer) if capped else Attention(config, layer)
 
@@ -173,7 +175,7 @@ def build(
 
 @torch.no_grad()
 def initialize(model: Decoder, seed: int) -> None:
-    """Fill every parameter: factors of norms 1, biases 0, all else normal with the config's ``initializer_range``.
+    """Fill every parameter: norms 1, biases and sinks 0, all else normal with the config's ``initializer_range``.
 
     Each tensor is drawn from its own generator, seeded by (seed, parameter name, expert index): what a parameter gets
     does not depend on the other parameters, on dtype, or on how the model is spread over devices. An expert is drawn
@@ -191,8 +193,10 @@ def initial_values(
     name: str, shape: torch.Size, seed: int, std: float, experts: range
 ) -> Iterator[tuple[int | EllipsisType, Tensor]]:
     """(index, values fp32) of one parameter: the whole at once, or of a stacked one each of the given ``experts``."""
-    if len(shape) == 1:
-        yield ..., torch.full(shape, 0.0 if name.endswith(("bias", "offset")) else 1.0)
+    if name.endswith(("bias", "offset", "sinks")):
+        yield ..., torch.zeros(shape)
+    elif len(shape) == 1:
+        yield ..., torch.ones(shape)
     elif ".experts." in name:
         for expert in experts:
             yield expert, _normal(f"{seed}/{name}/{expert}", shape[1:], std)

@@ -77,6 +77,11 @@ MODELS = {
         attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4, qk_norm="head", output_bias=True),
         moe=dataclasses.replace(_MIXTRAL, router_bias=False),
     ),
+    "gpt-oss": ModelConfig(
+        **_BASE,
+        attention=dataclasses.replace(_GQA, sinks=True, sliding_window=5, full_attention_interval=2),
+        moe=dataclasses.replace(_MIXTRAL, router_bias=False, router_logit_bias=True, swiglu_limit=0.1),
+    ),
     "dense": ModelConfig(**_BASE, attention=_GQA),
 }
 

@@ -36,6 +36,10 @@ def test_layout_equals_one_process(pools: Pools, model: str, layout: str) -> Non
     check(pools, Run(model), LAYOUTS[layout])
 
 
+def test_biased_experts_are_spread_like_others(pools: Pools) -> None:
+    check(pools, Run("gpt-oss"), LAYOUTS["fsdp2_ep2"])
+
+
 @pytest.mark.parametrize("layout", DEFAULT)
 @pytest.mark.parametrize("model", ["mixtral", "deepseek-v3", "qwen2"])
 def test_five_steps_in_single_precision_stay_within_1e_5(pools: Pools, model: str, layout: str) -> None:

@@ -203,6 +203,7 @@ def misfit(name: str, layout: Layout) -> str:
     ("model", "layout", "message"),
     [
         ("mixtral", Layout("tp_ep_fsdp", 4, tensor=4), "tensor = 4 ranks: num_kv_heads = 2"),
+        ("gpt-oss", Layout("tp_ep_fsdp", 4, tensor=2), "tensor = 2 ranks: attention.sinks of all heads"),
         ("dense", Layout("ep", 4, expert=4), "'layers.*.ffn.experts.{gate_up,down}' matches no parameter"),
     ],
 )

@@ -113,6 +113,16 @@ CASES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 3,
         "pad_token_id": None,
     },
+    "gpt-oss": {
+        **_GQA,
+        "model_type": "gpt_oss",
+        "intermediate_size": 24,
+        "num_local_experts": 10,
+        "num_experts_per_tok": 3,
+        "sliding_window": 20,
+        "swiglu_limit": 0.5,
+        "rope_scaling": {**_YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+    },
     "deepseek-v2": {
         **_V2,
         "topk_method": "group_limited_greedy",

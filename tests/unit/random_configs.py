@@ -12,6 +12,7 @@ from zoo.config import AttentionConfig, MLAConfig, ModelConfig, MoEConfig, RopeC
 @st.composite
 def attention_configs(draw: st.DrawFn) -> AttentionConfig:
     num_kv_heads, window = draw(st.integers(1, 3)), draw(st.none() | st.integers(1, 8))
+    softcap = draw(st.none() | st.floats(1, 50))
     return AttentionConfig(
         num_heads=num_kv_heads * draw(st.integers(1, 3)),
         num_kv_heads=num_kv_heads,
@@ -22,7 +23,8 @@ def attention_configs(draw: st.DrawFn) -> AttentionConfig:
         sliding_window=window,
         full_attention_interval=draw(st.none() | st.integers(2, 3)) if window else None,
         query_scale_dim=draw(st.none() | st.integers(1, 8)),
-        logit_softcap=draw(st.none() | st.floats(1, 50)),
+        logit_softcap=softcap,
+        sinks=softcap is None and draw(st.booleans()),
     )
 
 
@@ -54,6 +56,8 @@ def moe_configs(draw: st.DrawFn, num_layers: int) -> MoEConfig:
         top_k_groups=top_k_groups,
         group_score=draw(st.sampled_from(["max", "top2_sum"])),
         router_bias=draw(st.booleans()),
+        router_logit_bias=draw(st.booleans()),
+        swiglu_limit=draw(st.none() | st.floats(1, 10)),
         num_shared_experts=num_shared_experts,
         shared_expert_gate=num_shared_experts > 0 and draw(st.booleans()),
         first_k_dense=draw(st.integers(0, num_layers - 1)),

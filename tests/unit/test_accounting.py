@@ -71,6 +71,8 @@ def test_flops_of_a_model_small_enough_to_count_by_hand() -> None:
 def test_norms_and_biases_cost_no_matrix_flops() -> None:
     attention = replace(DENSE.attention, qkv_bias=True, output_bias=True, qk_norm="head")
     assert forward_flops(replace(DENSE, attention=attention), 7) == forward_flops(DENSE, 7)
+    moe = replace(SPARSE.moe, router_logit_bias=True, swiglu_limit=7.0)
+    assert forward_flops(replace(SPARSE, moe=moe), 7) == forward_flops(SPARSE, 7)
 
 
 def test_a_tied_head_is_counted_once_and_still_multiplied_with() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoo.layers.attend import attend, attend_softcapped, flash_available
+from zoo.layers.attend import attend, attend_softcapped, attend_with_sinks, flash_available
 from zoo.layers.sequence import SequenceLayout, sequence_layout
 
 SCALE = 0.3
@@ -63,6 +63,18 @@ def test_row_18_the_cap_comes_before_the_mask(case: int, v_size: int) -> None:
     layout = layouts("cpu")[case]
     q, k, v = qkv("cpu", torch.float64, v_size)
     torch.testing.assert_close(attend_softcapped(q, k, v, layout, SCALE, 0.5), written_out(q, k, v, layout, 0.5))
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_a_sink_takes_its_share_and_gives_nothing(case: int) -> None:
+    """As one more key with the sink for its score and a value of zero."""
+    layout = layouts("cpu")[case]
+    q, k, v = qkv("cpu", torch.float64)
+    sinks = torch.randn(4).double()
+    scores = (q @ k.repeat_interleave(2, dim=1).mT * SCALE).masked_fill(~layout.visible, float("-inf"))
+    share = scores.exp().sum(-1, keepdim=True) / (scores.exp().sum(-1, keepdim=True) + sinks.exp()[:, None, None])
+    expected = written_out(q, k, v, layout) * share.transpose(1, 2)
+    torch.testing.assert_close(attend_with_sinks(q, k, v, layout, SCALE, sinks), expected)
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from zoo.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from zoo.model import build
+from zoo.moe.clamped import clamped_grouped, clamped_loop, clamped_split, clamped_swiglu
 from zoo.moe.dispatch import LocalDispatcher
 from zoo.moe.experts import experts_grouped, experts_loop, experts_split
 from zoo.moe.layer import MoE
@@ -58,12 +60,49 @@ def test_every_implementation_equals_the_loop(
         assert (got - want).abs().max() / scale < (1e-12 if dtype == torch.float64 else 1e-5)
 
 
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [(clamped_split, torch.float64), (clamped_grouped, torch.float32)],
+    ids=["split", "grouped"],
+)
+def test_every_implementation_of_clamped_experts_equals_the_loop(
+    implementation: Callable[..., Tensor], dtype: torch.dtype, counts: list[int]
+) -> None:
+    torch.manual_seed(0)
+    weights = *parameters(len(counts), dtype), *biases(len(counts), dtype)
+    rows, grad = torch.randn(2, sum(counts), D, dtype=dtype)
+    rows.requires_grad_()
+    expected, result = (
+        [out, *torch.autograd.grad(out, (rows, *weights), grad)]
+        for out in (way(rows, torch.tensor(counts), *weights, 1.0) for way in (clamped_loop, implementation))
+    )
+    for got, want in zip(result, expected, strict=True):
+        scale = want.abs().max().clamp(min=1)
+        assert (got - want).abs().max() / scale < (1e-12 if dtype == torch.float64 else 1e-5)
+
+
+def biases(num_experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    gate_up = torch.randn(num_experts, 2, FFN, dtype=dtype, requires_grad=True)
+    return gate_up, torch.randn(num_experts, D, dtype=dtype, requires_grad=True)
+
+
+def test_clamped_swiglu_by_hand() -> None:
+    gate, up = torch.tensor([9.0, -9.0, 1.0]), torch.tensor([9.0, -9.0, 0.5])
+    expected = [7 / (1 + math.exp(-1.702 * 7)) * 8, -9 / (1 + math.exp(1.702 * 9)) * -6, 1.5 / (1 + math.exp(-1.702))]
+    torch.testing.assert_close(clamped_swiglu(gate, up, 7.0), torch.tensor(expected))
+
+
 def test_row_24_an_idle_expert_is_never_read() -> None:
     gate_up, down = parameters(3, torch.float32)
     gate_up.data[1] = down.data[1] = float("nan")
     rows, counts = torch.randn(4, D), torch.tensor([3, 0, 1])
     for out in (experts_split, experts_grouped):
         assert out(rows, counts, gate_up, down).isfinite().all()
+    gate_up_bias, down_bias = biases(3, torch.float32)
+    gate_up_bias.data[1] = down_bias.data[1] = float("nan")
+    for clamped in (clamped_split, clamped_grouped):
+        assert clamped(rows, counts, gate_up, down, gate_up_bias, down_bias, 7.0).isfinite().all()
 
 
 @settings(max_examples=40, deadline=None)

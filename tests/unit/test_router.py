@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zoo.config import MoEConfig
-from zoo.moe.router import Router, limit_groups, update_selection_bias
+from zoo.moe.router import BiasedRouter, Router, limit_groups, update_selection_bias
 
 BASE: dict[str, Any] = {
     "num_experts": 4,
@@ -41,6 +41,18 @@ def test_row_10_mixtral_renormalises_and_qwen2_moe_does_not() -> None:
     assert normalised.weights[0].tolist() == pytest.approx([4 / 7, 3 / 7])
     plain = router_of(logits, norm_topk_prob=False)
     assert plain.weights[0].tolist() == pytest.approx([0.4, 0.3])
+
+
+def test_a_bias_of_the_logits_counts_in_choice_and_weight() -> None:
+    config = MoEConfig(**{**BASE, "num_experts": 3, "router_logit_bias": True, "norm_topk_prob": True, "top_k": 2})
+    router = BiasedRouter(1, config)
+    with torch.no_grad():
+        router.weight.copy_(torch.tensor([[0.0], [1.0], [2.0]]))
+        router.logit_bias.copy_(torch.tensor([3.0, 0.0, 0.0]))
+    out = router(torch.ones(1, 1))
+    assert out.logits.tolist() == [[3.0, 1.0, 2.0]]
+    assert out.experts.tolist() == [[0, 2]]
+    torch.testing.assert_close(out.weights, torch.tensor([[3.0, 2.0]]).softmax(-1))
 
 
 def test_row_5_deepseek_v2_groups_by_their_maximum() -> None:

@@ -14,7 +14,7 @@ from zoo.families import get_family
 from zoo.families.base import Layout
 from zoo.registry import find_spec, model_names
 from zoo.weights.convert import parameter_shapes
-from zoo.weights.ops import Op, Rename, Split, Stack, source_shapes
+from zoo.weights.ops import Op, Rename, Split, Stack, Transpose, source_shapes
 
 sizes = st.integers(1, 4)
 
@@ -53,6 +53,23 @@ def test_split(experts: int, rows: int, columns: int) -> None:
     split = there_and_back(Split("a", "b", dim=1, parts=2), {"a": source})["b"]
     assert torch.equal(split[:, 0], source[:, :rows])
     assert torch.equal(split[:, 1], source[:, rows:])
+
+
+@given(experts=sizes, rows=sizes, columns=sizes, data=st.data())
+def test_transpose(experts: int, rows: int, columns: int, data: st.DataObject) -> None:
+    source = torch.randn(experts, columns, 2 * rows)
+    op = Transpose("a", "b", (0, 3, 2, 1), interleaved=2)
+    gate_up = there_and_back(op, {"a": source})["b"]
+    assert torch.equal(gate_up[:, 0], source[..., ::2].mT)
+    assert torch.equal(gate_up[:, 1], source[..., 1::2].mT)
+    plain = Transpose("a", "b", (0, 2, 1))
+    down = there_and_back(plain, {"a": source})["b"]
+    assert torch.equal(down, source.mT)
+    for whole, one in ((gate_up, op), (down, plain)):
+        ends = [sorted(data.draw(st.lists(st.integers(0, n), min_size=2, max_size=2))) for n in whole.shape]
+        region = tuple(slice(*pair) for pair in ends)
+        box = one.region_to_zoo(region, tuple(whole.shape), lambda name, box: source[box])
+        assert torch.equal(box, whole[region])
 
 
 @pytest.mark.parametrize("layout", ["per_expert", "fused"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from zoo.config import ModelConfig
@@ -40,8 +40,14 @@ NORM_PARAMETER = {"rms": "weight", "unit_offset_rms": "offset"}
 """``norm`` → our name of its parameter, which is always published as ``weight``."""
 
 
-def decoder_map(config: ModelConfig, layout: Layout, names: MoENames = MoENames()) -> list[Op]:
-    """The whole weight map of a decoder; every family here differs by ``names`` only."""
+MoEMap = Callable[[ModelConfig, str, str], Iterable[Op]]
+"""(config, published prefix, our prefix) → operations of one MoE layer."""
+
+
+def decoder_map(
+    config: ModelConfig, layout: Layout, names: MoENames = MoENames(), moe_map: MoEMap | None = None
+) -> list[Op]:
+    """The whole weight map of a decoder; families differ by ``names``, or by the ``moe_map`` of what is stored."""
     ops: list[Op] = [
         Rename("model.embed_tokens.weight", "embed_tokens.weight"),
         Rename("model.norm.weight", f"norm.{NORM_PARAMETER[config.norm]}"),
@@ -54,7 +60,9 @@ def decoder_map(config: ModelConfig, layout: Layout, names: MoENames = MoENames(
             ops.append(Rename(f"{theirs}.{their_part}.weight", f"{ours}.{our_part}.{NORM_PARAMETER[config.norm]}"))
         for their_part, our_part in _mixer(config):
             ops.append(Rename(f"{theirs}.self_attn.{their_part}", f"{ours}.mixer.{our_part}"))
-        if config.is_moe_layer(i):
+        if config.is_moe_layer(i) and moe_map is not None:
+            ops.extend(moe_map(config, f"{theirs}.mlp", f"{ours}.ffn"))
+        elif config.is_moe_layer(i):
             block = names.block if layout == "per_expert" else "mlp"
             ops.extend(_moe(config, layout, names, f"{theirs}.{block}", f"{ours}.ffn"))
         else:
@@ -72,6 +80,8 @@ def _mixer(config: ModelConfig) -> Iterator[tuple[str, str]]:
         if config.attention.qk_norm:
             yield "q_norm.weight", "q_norm.weight"
             yield "k_norm.weight", "k_norm.weight"
+        if config.attention.sinks:
+            yield "sinks", "sinks"
         return
     assert config.mla is not None
     if config.mla.q_lora_rank is None:

@@ -42,6 +42,16 @@ def attend_softcapped(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, s
     return _weighted_values(capped.softmax(dim=-1), v)
 
 
+def attend_with_sinks(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, scale: float, sinks: Tensor) -> Tensor:
+    """Σ_j exp(s_j) v_j / (exp(sink) + Σ_j exp(s_j)) over visible scores s = scale · q kᵀ (arXiv 2309.17453), in fp32.
+
+    Arguments and result as ``attend``, with ``sinks`` [H]. The scores [B, H, S, L] are written out.
+    """
+    scores = _grouped_scores(q, k, scale).masked_fill(~layout.visible.unsqueeze(2), float("-inf"))
+    sink = sinks.to(scores.dtype).view(1, k.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+    return _weighted_values(torch.cat((scores, sink), dim=-1).softmax(dim=-1)[..., :-1], v)
+
+
 def _grouped_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """scale · q kᵀ [B, G, H/G, S, L], in fp32 at least."""
     scores = q.unflatten(1, (k.shape[1], -1)) @ k.unsqueeze(2).mT

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zoo.cache import LayerCache
 from zoo.config import ModelConfig
-from zoo.layers.attend import attend, attend_softcapped
+from zoo.layers.attend import attend, attend_softcapped, attend_with_sinks
 from zoo.layers.norm import RMSNorm, RMSNormAcrossHeads
 from zoo.layers.rope import rotate
 from zoo.layers.sequence import SequenceLayout
@@ -71,6 +71,19 @@ class SoftcappedAttention(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
         """See ``Attention``."""
         return attend_softcapped(q, k, v, layout, self.scale, self.softcap)
+
+
+class SinkAttention(Attention):
+    """Attention that may attend to nothing: every head has a sink in its softmax (arXiv 2309.17453, equation 2)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        assert config.attention is not None
+        self.sinks = nn.Parameter(torch.empty(config.attention.num_heads))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
+        """See ``Attention``."""
+        return attend_with_sinks(q, k, v, layout, self.scale, self.sinks)
 
 
 def _qk_norm(config: ModelConfig, width: int) -> nn.Module:

@@ -20,9 +20,19 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """rows [N, D], counts [E] int64 rows of each expert in turn → [N, D]."""
+        return self.compute(rows, counts, *self.weights)
+
+    @property
+    def weights(self) -> tuple[nn.Parameter, ...]:
+        """The parameters as ``compute`` takes them."""
+        return self.gate_up, self.down
+
+    def compute(self, rows: Tensor, counts: Tensor, *weights: Tensor) -> Tensor:
+        """The same with ``weights`` in place of the parameters: those of some experts, perhaps."""
+        gate_up, down = weights
         if grouped_applies(rows):
-            return experts_grouped(rows, counts, self.gate_up, self.down)
-        return experts_split(rows, counts, self.gate_up, self.down)
+            return experts_grouped(rows, counts, gate_up, down)
+        return experts_split(rows, counts, gate_up, down)
 
 
 def experts_loop(rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

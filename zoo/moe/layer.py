@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from zoo.config import ModelConfig
+from zoo.config import ModelConfig, MoEConfig
 from zoo.layers.ffn import SwiGLU
+from zoo.moe.clamped import ClampedExperts
 from zoo.moe.dispatch import Dispatcher, LocalDispatcher
 from zoo.moe.experts import Experts
-from zoo.moe.router import Router, RouterOutput
+from zoo.moe.router import BiasedRouter, Router, RouterOutput
 
 
 class MoE(nn.Module):
@@ -21,8 +22,8 @@ class MoE(nn.Module):
         super().__init__()
         moe = config.moe
         assert moe is not None
-        self.router = Router(config.hidden_size, moe)
-        self.experts = Experts(moe.num_experts, config.hidden_size, moe.moe_intermediate_size)
+        self.router = (BiasedRouter if moe.router_logit_bias else Router)(config.hidden_size, moe)
+        self.experts = _experts(config.hidden_size, moe)
         self.shared_experts = (
             SwiGLU(config.hidden_size, moe.num_shared_experts * moe.moe_intermediate_size)
             if moe.num_shared_experts
@@ -43,3 +44,8 @@ class MoE(nn.Module):
                 shared = shared * self.shared_expert_gate(x).sigmoid()
             out = out + shared
         return out, routing
+
+
+def _experts(hidden_size: int, moe: MoEConfig) -> Experts:
+    sizes = (moe.num_experts, hidden_size, moe.moe_intermediate_size)
+    return Experts(*sizes) if moe.swiglu_limit is None else ClampedExperts(*sizes, moe.swiglu_limit)

@@ -54,7 +54,7 @@ class Router(nn.Module):
         c = self.config
         with torch.autocast(x.device.type, enabled=False):
             exact = torch.promote_types(x.dtype, torch.float32)
-            logits = F.linear(x.to(exact), self.weight.to(exact))
+            logits = self.logits(x.to(exact))
             scores = logits.softmax(dim=-1) if c.score_func == "softmax" else logits.sigmoid()
             choice = scores.detach() if self.bias is None else scores.detach() + self.bias
             if c.num_groups > 1:
@@ -66,6 +66,10 @@ class Router(nn.Module):
                 weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
             return RouterOutput(logits, scores, weights * c.routed_scaling_factor, experts)
 
+    def logits(self, x: Tensor) -> Tensor:
+        """x [T, D] in the dtype of the result → [T, E]."""
+        return F.linear(x, self.weight.to(x.dtype))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Casting the model leaves the selection bias in fp32: its updates of 1e-3 vanish in bf16."""
         bias = self.bias
@@ -73,6 +77,18 @@ class Router(nn.Module):
         if bias is not None and self.bias is not None and self.bias.dtype != bias.dtype:
             self.bias = bias.to(self.bias.device)
         return self
+
+
+class BiasedRouter(Router):
+    """A router with logits W x + logit_bias, which training moves like any other parameter (arXiv 2508.10925)."""
+
+    def __init__(self, hidden_size: int, config: MoEConfig) -> None:
+        super().__init__(hidden_size, config)
+        self.logit_bias = nn.Parameter(torch.empty(config.num_experts))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See ``Router``."""
+        return F.linear(x, self.weight.to(x.dtype), self.logit_bias.to(x.dtype))
 
 
 def limit_groups(scores: Tensor, num_groups: int, top_k_groups: int, group_score: Literal["max", "top2_sum"]) -> Tensor:

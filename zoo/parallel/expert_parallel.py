@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from zoo.config import MoEConfig
-from zoo.moe.experts import Experts, experts_grouped, experts_split, grouped_applies
+from zoo.moe.experts import Experts
 from zoo.moe.layer import MoE
 from zoo.moe.router import RouterOutput
 from zoo.parallel.collectives import Traffic, gather_tokens, slice_tokens
@@ -153,14 +153,11 @@ class AllToAllDispatcher(ExchangeDispatcher):
 
 def forward_local_experts(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
     """``Experts.forward`` where the parameters are DTensors, of which this rank computes its own experts."""
-    assert isinstance(experts.gate_up, DTensor) and isinstance(experts.down, DTensor)
-    gate_up, down = experts.gate_up.to_local(), experts.down.to_local()
+    weights = [cast(DTensor, parameter).to_local() for parameter in experts.weights]
     if len(rows) == 0:
-        # No token came: products without rows, so that all ranks agree that there are gradients (of zero).
-        return rows @ gate_up[0, 0].T @ down[0].T
-    if grouped_applies(rows):
-        return experts_grouped(rows, counts, gate_up, down)
-    return experts_split(rows, counts, gate_up, down)
+        # No token came: sums without terms, so that all ranks agree that there are gradients (of zero).
+        return rows + sum(weight.flatten()[0] for weight in weights)
+    return experts.compute(rows, counts, *weights)
 
 
 def forward_overlapped(moe: MoE, x: Tensor) -> tuple[Tensor, RouterOutput]:

@@ -162,6 +162,55 @@ class Split:
         return (*target_shape[: self.dim], merged, *target_shape[self.dim + 2 :])
 
 
+@dataclass(frozen=True)
+class Transpose:
+    """The dimensions of the source in another order: target dimension i is source dimension ``order[i]``.
+
+    With ``interleaved = 2`` the last source dimension holds pairs (gate₀, up₀, gate₁, up₁, …), which are made a
+    dimension of their own, the last, beforehand: [E, D, 2·F] becomes [E, 2, F, D] with ``order = (0, 3, 2, 1)``.
+    """
+
+    source: str
+    target: str
+    order: tuple[int, ...]
+    interleaved: int = 1
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.target,)
+
+    def to_zoo(self, read: Read) -> Iterator[tuple[str, Tensor]]:
+        yield self.target, self._pairs_apart(read(self.source)).permute(self.order).contiguous()
+
+    def to_published(self, read: Read) -> Iterator[tuple[str, Tensor]]:
+        source = read(self.target).permute(self._inverse)
+        yield self.source, (source.flatten(-2) if self.interleaved > 1 else source).contiguous()
+
+    def region_to_zoo(self, region: Region, target_shape: Shape, read: ReadRegion) -> Tensor:
+        box = [region[i] for i in self._inverse]
+        if self.interleaved == 1:
+            return read(self.source, tuple(box)).permute(self.order).contiguous()
+        # Neighbours in the file: a pair is read whole, also where one of it is wanted.
+        wanted, pairs = box.pop(), box.pop()
+        box.append(slice(pairs.start * self.interleaved, pairs.stop * self.interleaved))
+        return self._pairs_apart(read(self.source, tuple(box)))[..., wanted].permute(self.order).contiguous()
+
+    def source_shape(self, target_shape: Shape) -> Shape:
+        shape = tuple(target_shape[i] for i in self._inverse)
+        return (*shape[:-2], shape[-2] * shape[-1]) if self.interleaved > 1 else shape
+
+    @property
+    def _inverse(self) -> tuple[int, ...]:
+        return tuple(self.order.index(i) for i in range(len(self.order)))
+
+    def _pairs_apart(self, source: Tensor) -> Tensor:
+        return source.unflatten(-1, (-1, self.interleaved)) if self.interleaved > 1 else source
+
+
 def _row_major(index: tuple[int, ...], shape: Shape) -> int:
     place = 0
     for i, size in zip(index, shape, strict=True):
