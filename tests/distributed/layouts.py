@@ -216,7 +216,8 @@ def train(
 
 def whole(tensor: Tensor) -> np.ndarray:
     full = gathered(tensor) if isinstance(tensor, DTensor) else tensor
-    return full.detach().clone().numpy()
+    full = full.detach().clone()
+    return full.float().numpy() if full.dtype == torch.bfloat16 else full.numpy()
 
 
 def snapshot(model: Decoder, optimizer: torch.optim.Optimizer) -> Result:

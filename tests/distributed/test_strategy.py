@@ -88,6 +88,19 @@ def test_a_run_in_any_layout_is_that_of_one_process(
         assert (tmp_path / layout / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "layout"), [("bf16-true", "fsdp2"), ("bf16-mixed", "ep2")])
+def test_half_precision_is_that_of_one_process_within_its_rounding(
+    fit_config: Path, tmp_path: Path, repository: Path, precision: str, layout: str
+) -> None:
+    more = ("--trainer.max_steps", "10", "--trainer.precision", precision)
+    assert fit(arguments(fit_config, tmp_path / "alone", None, *more)) == 0
+    run_fit(arguments(fit_config, tmp_path / layout, layout, *more), repository)
+    ours, theirs = rows(tmp_path / layout), rows(tmp_path / "alone")
+    for name in ("train/loss", "train/grad_norm"):
+        assert [row[name] for row in ours] == pytest.approx([row[name] for row in theirs], rel=2**-8)
+
+
 def go_on(run: Path, step: int) -> None:
     """Leave of a finished run what a kill after ``step`` would have left."""
     shutil.rmtree(run / "final")
