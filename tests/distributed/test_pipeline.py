@@ -194,6 +194,12 @@ def test_recomputed_activations_are_counted_once(pools: Pools) -> None:
     check(pools, "deepseek-v3", PP2_EP2, options=options)
 
 
+def test_a_dense_stage_has_no_capacity(pools: Pools) -> None:
+    """E / K is room for all tokens at one expert: nothing is dropped."""
+    options = ParallelOptions(capacity_factor=8 / 3)
+    check(pools, "deepseek-v3", PP2_EP2, {"micro_batches": 2, **INTERLEAVED}, options)
+
+
 def test_half_precision_travels_as_such(pools: Pools) -> None:
     options = ParallelOptions(param_dtype=torch.bfloat16)
     for result in pools[4].run(train, "mixtral", PP2_EP2, TWO, options, torch.float32):

@@ -75,7 +75,7 @@ def parallelize(
         model: On the meta device (then ``to_empty``, and ``init.initialize`` or ``weights.load_weights``), or with the
             same weights on every rank.
         meshes: Of this world.
-        plan: Where everything goes; resolved before where ``model`` is a part of what the plan is for.
+        plan: Where everything goes; resolved and its sizes checked where ``model`` is a part of what it is for.
         options: Memory, speed and precision.
 
     Returns:
@@ -85,8 +85,11 @@ def parallelize(
     Raises:
         ValueError: the plan or the sizes do not fit the model.
     """
-    rules = resolve(plan, model) if isinstance(plan, Plan) else plan
-    check_sizes(model.config, meshes.sizes, rules)
+    if isinstance(plan, Plan):
+        rules = resolve(plan, model)
+        check_sizes(model.config, meshes.sizes, rules)
+    else:
+        rules = plan
     _apply_expert(model, meshes, rules, options)
     _apply_tensor(model, meshes.tensor, rules)
     _apply_recompute(model, options.recompute)

@@ -23,7 +23,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from zoo.model import Decoder
 from zoo.moe.router import Router, RouterOutput
 from zoo.moe.stats import expert_counts
-from zoo.parallel.apply import ParallelOptions, moe_layers, parallelize, replace_forward
+from zoo.parallel.apply import ParallelOptions, check_sizes, moe_layers, parallelize, replace_forward
 from zoo.parallel.mesh import Meshes
 from zoo.parallel.plan import Plan, resolve
 from zoo.parallel.stages import Batch, cut, forward_stage, layer_costs, split_layers
@@ -85,6 +85,7 @@ class Pipeline:
         ranks = meshes.sizes.pipeline
         _check_schedule(schedule, ranks, micro_batches, stages_per_rank)
         rules = resolve(plan, model)
+        check_sizes(model.config, meshes.sizes, rules)
         parts = split_layers(layer_costs(model.config, sequence_length), ranks * stages_per_rank)
         self.stages: dict[int, Decoder] = {}
         """Number of the stage → its part of the model."""
