@@ -114,13 +114,13 @@ def check_sizes(config: ModelConfig, sizes: MeshSizes, rules: ResolvedPlan) -> N
             raise ValueError(
                 f"tensor = {sizes.tensor} ranks: attention.qk_norm = projection is over all heads; use tensor = 1"
             )
-        if config.attention:
-            wanted.append(("tensor", sizes.tensor, "num_kv_heads", config.attention.num_kv_heads))
-        if config.mla:
         if config.attention and config.attention.sinks and sizes.tensor > 1:
             raise ValueError(
                 f"tensor = {sizes.tensor} ranks: attention.sinks of all heads are one tensor; use tensor = 1"
             )
+        if config.attention:
+            wanted.append(("tensor", sizes.tensor, "num_kv_heads", config.attention.num_kv_heads))
+        if config.mla:
             wanted.append(("tensor", sizes.tensor, "num_heads", config.mla.num_heads))
         if moe is None or moe.first_k_dense:
             wanted.append(("tensor", sizes.tensor, "intermediate_size", config.intermediate_size))
