@@ -147,13 +147,16 @@ def test_the_expert_dimension_folds_over_tensor_then_data_ranks() -> None:
 
 
 @settings(deadline=None)
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 64))
-def test_both_views_have_all_ranks(replicate: int, shard: int, tensor: int, expert: int) -> None:
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 64))
+def test_both_views_have_all_ranks_of_a_stage(
+    pipeline: int, replicate: int, shard: int, tensor: int, expert: int
+) -> None:
     try:
-        sizes = MeshSizes(data_replicate=replicate, data_shard=shard, tensor=tensor, expert=expert)
+        sizes = MeshSizes(pipeline=pipeline, data_replicate=replicate, data_shard=shard, tensor=tensor, expert=expert)
     except ValueError:
         return
-    assert sizes.expert_replicate * sizes.expert_shard * sizes.expert == sizes.world == replicate * shard * tensor
+    assert sizes.expert_replicate * sizes.expert_shard * sizes.expert == sizes.stage == replicate * shard * tensor
+    assert sizes.world == pipeline * sizes.stage
 
 
 def views() -> tuple[list[list[int]], list[int], list[int]]:
