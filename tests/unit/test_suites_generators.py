@@ -19,7 +19,7 @@ from zoo.harness.suites.phone_book import PhoneBookConfig
 from zoo.harness.suites.shortest_path import ShortestPathConfig, vertex_name, walk_probability
 from zoo.registry import evaluation_dir
 
-BOOK = PhoneBookConfig(entries=500, questions=60)
+BOOK = PhoneBookConfig(entries=500, questions=60, repetitions=3)
 GRAPHS = ShortestPathConfig(graphs=900, questions=120, vertices=6, edges=7)
 
 
@@ -42,9 +42,12 @@ def test_equal_configs_give_equal_data_and_seeds_differ(book: GeneratedData, gra
     assert other_graphs.tables != graphs.tables
 
 
-def test_every_number_that_is_asked_for_stands_in_the_training_text_once(book: GeneratedData) -> None:
+def test_every_number_that_is_asked_for_stands_in_each_pass_of_the_training_text(book: GeneratedData) -> None:
     entries = dict(text.removeprefix("Name: ").split("\nNumber: ") for text in book.training)
-    assert len(entries) == len(book.training) == BOOK.entries
+    passes = [book.training[i : i + BOOK.entries] for i in range(0, len(book.training), BOOK.entries)]
+    assert len(entries) == BOOK.entries and len(passes) == BOOK.repetitions
+    assert all(set(one) == set(passes[0]) and len(one) == BOOK.entries for one in passes)
+    assert len({tuple(one) for one in passes}) == BOOK.repetitions
     questions = book.tables["default"]
     assert len({row["name"] for row in questions}) == BOOK.questions
     assert all(entries[row["name"]] == row["number"] for row in questions)

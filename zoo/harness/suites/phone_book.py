@@ -31,9 +31,12 @@ class PhoneBookConfig:
     name_letters: int = 5
     number_digits: int = 8
     """Each is log2(10) = 3.32 bits to store."""
+    repetitions: int = 10
+    """How often each entry stands in the training text, in another order each time. Training windows end where they
+    are full: an entry that stood once, and was cut there between name and number, could never be learnt."""
 
     def __post_init__(self) -> None:
-        for name in ("entries", "questions", "name_letters", "number_digits"):
+        for name in ("entries", "questions", "name_letters", "number_digits", "repetitions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: give a positive number")
         if self.questions > self.entries:
@@ -50,7 +53,9 @@ def make(config: PhoneBookConfig) -> GeneratedData:
         name = "".join(draw.choices(ascii_lowercase, k=config.name_letters))
         book.setdefault(name, "".join(draw.choices(digits, k=config.number_digits)))
     asked = draw.sample(list(book), config.questions)
-    training = [as_text(name, number) for name, number in book.items()]
+    training: list[str] = []
+    for _ in range(config.repetitions):
+        training += [as_text(name, book[name]) for name in draw.sample(list(book), len(book))]
     return GeneratedData(
         training=training,
         validation=[as_text(name, book[name]) for name in asked],
