@@ -24,7 +24,9 @@ class WorkerPool:
 
     def __init__(self, world: int) -> None:
         self._context = mp.get_context("forkserver")
-        self._context.set_forkserver_preload(["zoo.parallel.apply", "zoo.parallel.grads", "zoo.weights"])
+        self._context.set_forkserver_preload(
+            ["zoo.parallel.apply", "zoo.parallel.checkpoint", "zoo.parallel.grads", "zoo.weights"]
+        )
         self._world = world
         self._workers: list[tuple[Any, Connection]] = []
 

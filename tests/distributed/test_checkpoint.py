@@ -24,7 +24,6 @@ from zoo.moe.router import Router, update_selection_bias
 from zoo.parallel.checkpoint import Saver, load, load_alone, optimizer_state
 from zoo.parallel.grads import clip_gradients, global_norm, set_last_micro_batch, sum_over_data
 from zoo.parallel.mesh import Meshes
-from zoo.training.checkpoint import AtomicCheckpointIO
 
 NAMES = ["dp2", "fsdp2", "ep2", "tp2", "dp2_ep2", "fsdp2_ep2", "tp2_ep2"]
 MODEL = "deepseek-v3"
@@ -93,6 +92,13 @@ def saver(background: bool) -> Saver:
     return Saver(timedelta(seconds=TIMEOUT), background=background)
 
 
+def files_of_one_process() -> Any:
+    # Imported only here: the workers import this file, and need no Lightning.
+    from zoo.training.checkpoint import AtomicCheckpointIO
+
+    return AtomicCheckpointIO()
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # From any layout to any other
 # ---------------------------------------------------------------------------------------------------------------
@@ -114,7 +120,7 @@ def runs(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tu
     directory = tmp_path_factory.mktemp("checkpoints")
     training = alone()
     training.run(0, SAVED_STEP)
-    AtomicCheckpointIO().save_checkpoint(training.checkpoint(SAVED_STEP), directory / "alone")
+    files_of_one_process().save_checkpoint(training.checkpoint(SAVED_STEP), directory / "alone")
     made = {"alone": (directory / "alone", [training.run(SAVED_STEP, STEPS)])}
     for name in NAMES:
         results = pools[LAYOUTS[name].world].run(save_on_the_way, LAYOUTS[name], directory / name)
@@ -133,7 +139,7 @@ def go_on_from_each(layout: Layout, paths: dict[str, Path]) -> dict[str, Result]
 
 def go_on_alone(path: Path) -> Result:
     training = alone()
-    found = AtomicCheckpointIO().load_checkpoint(path, weights_only=True)
+    found = files_of_one_process().load_checkpoint(path, weights_only=True)
     training.model.load_state_dict(found["state_dict"])
     training.optimizer.load_state_dict(found["optimizer_states"][0])
     return training.run(found["step"], STEPS)
