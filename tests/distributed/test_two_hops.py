@@ -70,7 +70,8 @@ def outcome(dispatcher: Dispatcher, rank: int, table: Table, gate_up: Tensor, do
 @cache
 def dispatcher_of(ranks_per_node: int) -> ExchangeDispatcher:
     meshes = meshes_of(WIDE)
-    return choose_exchange(meshes.expert, None, ranks_per_node=ranks_per_node, capacity_factor=None)()
+    rows = {"dtype": torch.float64, "hidden_size": D}
+    return choose_exchange(meshes.expert, None, ranks_per_node=ranks_per_node, capacity_factor=None, **rows)()
 
 
 def exchanged(tables: list[Table], hops: int) -> Outcome:

@@ -171,6 +171,8 @@ def _apply_expert(model: Decoder, meshes: Meshes, rules: ResolvedPlan, options: 
         meshes.tensor.get_group() if meshes.sizes.tensor > 1 else None,
         ranks_per_node=meshes.sizes.world if options.ranks_per_node is None else options.ranks_per_node,
         capacity_factor=options.capacity_factor,
+        dtype=options.param_dtype or next(model.parameters()).dtype,
+        hidden_size=model.config.hidden_size,
     )
     for name, moe in moe_layers(model):
         for parameter_name, parameter in list(moe.experts.named_parameters()):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from zoo.parallel.capacity import CapacityDispatcher
 from zoo.parallel.collectives import Traffic
+from zoo.parallel.deep_ep import DeepEPDispatcher, deep_ep_applies, make_buffer
 from zoo.parallel.expert_parallel import AllToAllDispatcher, ExchangeDispatcher
 from zoo.parallel.torch_private import unflatten
 
@@ -19,6 +21,8 @@ def choose_exchange(
     *,
     ranks_per_node: int,
     capacity_factor: float | None,
+    dtype: torch.dtype,
+    hidden_size: int,
 ) -> Callable[[], ExchangeDispatcher]:
     """What makes the dispatcher of one MoE layer after the other. Every rank calls it: groups may be made.
 
@@ -27,6 +31,8 @@ def choose_exchange(
         tensor_group: Ranks that hold the same tokens, if there are several.
         ranks_per_node: Neighbouring ranks of the world that share the fast network.
         capacity_factor: Bound on what an expert takes; by default nothing is dropped.
+        dtype: Of the rows.
+        hidden_size: Their length.
 
     Raises:
         ValueError: a number that makes no sense.
@@ -36,6 +42,9 @@ def choose_exchange(
     if capacity_factor is not None:
         group, factor = expert.get_group(), capacity_factor
         return lambda: CapacityDispatcher(group, Traffic(ranks_per_node), tensor_group, factor=factor)
+    if deep_ep_applies(expert.device_type, dtype, hidden_size, expert.size(), ranks_per_node):
+        buffer = make_buffer(expert.get_group(), hidden_size)
+        return lambda: DeepEPDispatcher(buffer, Traffic(ranks_per_node), tensor_group)
     groups = [expert.get_group()]
     if spans_nodes(expert.size(), ranks_per_node):
         grid = unflatten(expert, (expert.size() // ranks_per_node, ranks_per_node), ("expert_node", "expert_in_node"))

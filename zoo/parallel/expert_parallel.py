@@ -54,16 +54,32 @@ class Flight:
 
 
 @dataclass(frozen=True, eq=False)
-class Arrived:
-    """What ``combine`` needs to undo a dispatch."""
+class Sorted:
+    """What was made of received rows."""
 
-    flight: Flight
     weights: Tensor
     """[N]"""
     row: Tensor
     """[N], which received row each expert row is a copy of."""
     received: int
     """Q."""
+
+
+def sort_by_expert(rows: Tensor, weights: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Sorted]:
+    """Received rows → (rows [N, D] sorted by expert, counts [num_experts], where they came from).
+
+    Args:
+        rows: [Q, D].
+        weights: [Q, K].
+        experts: [Q, K] int64, numbers of this rank's experts; ``num_experts`` stands for one elsewhere.
+        num_experts: E / M, of this rank.
+    """
+    ids = experts.flatten()
+    counts = torch.bincount(ids, minlength=num_experts + 1)[:num_experts]
+    # Experts elsewhere have the highest number: they are sorted to the end, and cut off.
+    order = ids.argsort(stable=True)[: int(counts.sum())]
+    row = order // experts.shape[1]
+    return copy_rows(rows, row), counts, Sorted(weights.flatten().index_select(0, order), row, len(rows))
 
 
 class ExchangeDispatcher(ABC):
@@ -128,27 +144,23 @@ class AllToAllDispatcher(ExchangeDispatcher):
         hops[0].start(self.share(x), self.share(routing.weights))
         return Flight(hops, len(x))
 
-    def finish(self, flight: Flight) -> tuple[Tensor, Tensor, Arrived]:
+    def finish(self, flight: Flight) -> tuple[Tensor, Tensor, tuple[Flight, Sorted]]:
         """See ``ExchangeDispatcher``."""
         *_, last = flight.hops
         rows, weights = flight.hops[0].wait()
         for hop in flight.hops[1:]:
             hop.start(rows, weights)
             rows, weights = hop.wait()
-        ids = last.experts.flatten()
-        counts = torch.bincount(ids, minlength=last.num_experts + 1)[: last.num_experts]
-        # Experts elsewhere have the highest number: they are sorted to the end, and cut off.
-        order = ids.argsort(stable=True)[: int(counts.sum())]
-        row = order // last.experts.shape[1]
-        arrived = Arrived(flight, weights.flatten().index_select(0, order), row, len(rows))
-        return copy_rows(rows, row), counts, arrived
+        rows, counts, order = sort_by_expert(rows, weights, last.experts, last.num_experts)
+        return rows, counts, (flight, order)
 
-    def combine(self, rows: Tensor, state: Arrived) -> Tensor:
+    def combine(self, rows: Tensor, state: tuple[Flight, Sorted]) -> Tensor:
         """See ``ExchangeDispatcher``. Sums are taken in fp32 at least, and rounded before each hop."""
-        rows = weighted_sum_rows(rows, state.weights, state.row, state.received)
-        for hop in reversed(state.flight.hops):
+        flight, order = state
+        rows = weighted_sum_rows(rows, order.weights, order.row, order.received)
+        for hop in reversed(flight.hops):
             rows = hop.back(rows)
-        return self.unshare(rows, state.flight.tokens)
+        return self.unshare(rows, flight.tokens)
 
 
 def forward_local_experts(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
