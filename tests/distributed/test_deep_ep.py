@@ -116,7 +116,7 @@ def exchanged(tables: list[Table]) -> Outcome:
     return outcome(dispatcher, rank, tables[rank], gate_up[mine], down[mine])
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tables=tables_of_ranks)
 def test_any_routing_equals_one_process(pools: Pools, tables: list[Table]) -> None:
     assert_like_one_process(pools[WORLD].run(exchanged, tables), tables)

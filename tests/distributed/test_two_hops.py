@@ -115,7 +115,7 @@ experts_of_a_token = st.permutations(range(E)).map(lambda order: list(order[:K])
 tables_of_ranks = st.lists(st.lists(experts_of_a_token, max_size=6), min_size=WORLD, max_size=WORLD)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tables=tables_of_ranks)
 def test_any_routing_equals_one_process_and_crosses_once_a_node(pools: Pools, tables: list[Table]) -> None:
     results = pools[WORLD].run(exchanged, tables, 2)
