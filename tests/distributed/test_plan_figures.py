@@ -30,6 +30,7 @@ from zoo.parallel.communication import (
     tensor_collectives,
 )
 from zoo.parallel.footprint import Precision, Recompute, holdings, resolve_units
+from zoo.parallel.hardware import find_gpu
 from zoo.parallel.mesh import MeshSizes, build_meshes
 from zoo.parallel.plan import load_plan
 
@@ -83,10 +84,19 @@ def spread(config: ModelConfig, layout: Layout, options: ParallelOptions) -> tup
 
 
 def measure(
-    config: ModelConfig, layout: Layout, precision: Precision, recompute: Recompute, reshard: bool
-) -> tuple[dict[str, int], int, dict[str, int]]:
-    """One step on one rank: (bytes at rest by purpose, bytes sent in all-to-alls, calls of collectives by name)."""
-    options = ParallelOptions(param_dtype=DTYPES[precision], recompute=recompute, reshard_after_forward=reshard)
+    config: ModelConfig, layout: Layout, precision: Precision, recompute: Recompute, reshard: bool, ranks_per_node: int
+) -> tuple[dict[str, int], tuple[int, int], dict[str, int]]:
+    """One step on one rank.
+
+    Returns:
+        (bytes at rest by purpose, bytes of all-to-alls within the node and to others, calls of collectives by name)
+    """
+    options = ParallelOptions(
+        param_dtype=DTYPES[precision],
+        recompute=recompute,
+        reshard_after_forward=reshard,
+        ranks_per_node=ranks_per_node,
+    )
     model, ids = spread(config, layout, options)
     optimizer = torch.optim.AdamW(model.parameters())
     with CommDebugMode() as mode:
@@ -104,7 +114,8 @@ def measure(
         state = optimizer.state[parameter]
         held["optimizer"] += local_bytes(state["exp_avg"]) + local_bytes(state["exp_avg_sq"])
     held["parameters"] += sum(buffer.nbytes for buffer in model.buffers())
-    return dict(held), sum(t.sent for t in traffic(model)), dict(calls)
+    sent = sum(t.within_node for t in traffic(model)), sum(t.between_nodes for t in traffic(model))
+    return dict(held), sent, dict(calls)
 
 
 def local_bytes(tensor: torch.Tensor) -> int:
@@ -113,34 +124,44 @@ def local_bytes(tensor: torch.Tensor) -> int:
 
 
 CASES = [
-    ("mixtral", "dp2", "32-true", "none", True),
-    ("mixtral", "fsdp2", "bf16-mixed", "none", True),
-    ("mixtral", "dp2_ep2", "bf16-mixed", "block", False),
-    ("mixtral", "tp2_ep2", "32-true", "none", True),
-    ("deepseek-v3", "fsdp2_ep2", "bf16-mixed", "none", True),
-    ("deepseek-v3", "hybrid2_ep2", "32-true", "experts", True),
-    ("deepseek-v3", "tp2_ep4", "bf16-mixed", "block", True),
-    ("qwen2", "ep2", "bf16-mixed", "none", True),
-    ("qwen2", "tp2_ep2", "bf16-mixed", "none", False),
+    ("mixtral", "dp2", "32-true", "none", True, 8),
+    ("mixtral", "fsdp2", "bf16-mixed", "none", True, 8),
+    ("mixtral", "dp2_ep2", "bf16-mixed", "block", False, 8),
+    ("mixtral", "tp2_ep2", "32-true", "none", True, 8),
+    ("deepseek-v3", "fsdp2_ep2", "bf16-mixed", "none", True, 8),
+    ("deepseek-v3", "hybrid2_ep2", "32-true", "experts", True, 8),
+    ("deepseek-v3", "tp2_ep4", "bf16-mixed", "block", True, 8),
+    ("qwen2", "ep2", "bf16-mixed", "none", True, 8),
+    ("qwen2", "tp2_ep2", "bf16-mixed", "none", False, 8),
+    ("deepseek-v3", "tp2_ep4", "32-true", "none", True, 2),
 ]
 
 
-@pytest.mark.parametrize(("name", "layout", "precision", "recompute", "reshard"), CASES)
+@pytest.mark.parametrize(("name", "layout", "precision", "recompute", "reshard", "ranks_per_node"), CASES)
 def test_figures(
-    pools: Pools, name: str, layout: str, precision: Precision, recompute: Recompute, reshard: bool
+    pools: Pools,
+    name: str,
+    layout: str,
+    precision: Precision,
+    recompute: Recompute,
+    reshard: bool,
+    ranks_per_node: int,
 ) -> None:
     config, case = config_of(name), LAYOUTS[layout]
     sizes, tokens = sizes_of(case), ROWS * LENGTH
-    results = pools[case.world].run(measure, config, case, precision, recompute, reshard)
+    results = pools[case.world].run(measure, config, case, precision, recompute, reshard, ranks_per_node)
     units, _ = resolve_units(config, load_plan(case.plan), precision)
     at_rest = holdings(config, units, sizes, precision).whole.at_rest * FP32_BYTES
     held = {purpose: max(one[purpose] for one, _, _ in results) for purpose in ("parameters", "gradients", "optimizer")}
     buffers = count_buffers(config) * FP32_BYTES
     assert held == {"parameters": at_rest + buffers, "gradients": at_rest, "optimizer": 2 * at_rest}
 
-    exchanges = list(expert_exchanges(config, sizes, tokens, precision, recompute))
-    measured = sum(sent for _, sent, _ in results) / len(results)
-    assert measured == pytest.approx(sum(c.sent for c in exchanges), rel=0.01)
+    exchanges = list(expert_exchanges(config, sizes, tokens, precision, recompute, ranks_per_node))
+    nodes = dataclasses.replace(find_gpu("h100"), gpus_per_node=ranks_per_node)
+    between = sum(c.between_nodes(nodes) for c in exchanges)
+    within = sum(c.sent for c in exchanges) - between
+    for measured, expected in zip(zip(*(sent for _, sent, _ in results), strict=True), (within, between), strict=True):
+        assert sum(measured) / len(results) == pytest.approx(expected, rel=0.01)
 
     planned: Counter[str] = Counter()
     for collective in (

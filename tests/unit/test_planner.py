@@ -22,6 +22,7 @@ from zoo.config import ModelConfig, MoEConfig
 from zoo.model import build
 from zoo.parallel.activations import block_activations, head_activations, loss_activations
 from zoo.parallel.communication import (
+    Collective,
     expert_exchanges,
     gradient_reductions,
     mean_destinations,
@@ -312,6 +313,40 @@ def test_exchange_bytes_by_hand() -> None:
     assert dispatch.sent == pytest.approx(rows * ((4096 * 2 + 2 * 8) + (4096 * 2 + 2 * 4)))
     assert combine.sent == pytest.approx(rows * 2 * 4096 * 2)
     assert not list(expert_exchanges(MIXTRAL, MeshSizes(data_shard=8), 16, "bf16-mixed", "none"))
+
+
+def test_exchange_in_two_hops_by_hand() -> None:
+    """Mixtral over two nodes of 4: a token goes to a rank in the other node with probability 1 - C(4, 2) / C(8, 2)."""
+    sizes = MeshSizes(data_shard=8, expert=8)
+    dispatch, back, *within = expert_exchanges(MIXTRAL, sizes, 16, "bf16-mixed", "none", ranks_per_node=4)
+    assert dispatch.group == back.group == Group(2, 4) and {c.group for c in within} == {Group(4)}
+    assert back.sent == pytest.approx(32 * 16 * (1 - 6 / 28) * 2 * 4096 * 2)
+    assert within[1].sent == pytest.approx(32 * 16 * 2 * 3 / 4 * 2 * 4096 * 2)
+    nodes = dataclasses.replace(H100, gpus_per_node=4)
+    assert back.between_nodes(nodes) == back.sent and within[1].between_nodes(nodes) == 0
+    at_once = list(expert_exchanges(MIXTRAL, sizes, 16, "bf16-mixed", "none"))[1]
+    assert at_once.between_nodes(nodes) == pytest.approx(at_once.sent * 4 / 7)
+    assert Collective("all_gather_parameters", Group(8), 70.0, 1).between_nodes(nodes) == 70 / 4
+
+
+@pytest.mark.parametrize(("name", "nodes", "per_node"), [("deepseek-v3", 8, 8), ("mixtral-8x7b", 4, 2)])
+def test_nodes_and_ranks_of_tokens_sent_one_by_one(name: str, nodes: int, per_node: int) -> None:
+    moe = find_spec(name).model.moe
+    generator = torch.Generator().manual_seed(7)
+    ranks = nodes * per_node
+    counts = [0, 0]
+    for _ in range(2000):
+        scores = torch.rand(moe.num_experts, generator=generator)
+        groups = scores.view(moe.num_groups, -1)
+        value = groups.topk(2).values.sum(1) if moe.group_score == "top2_sum" else groups.amax(1)
+        size = groups.shape[1]
+        allowed = [g * size + i for g in value.topk(moe.top_k_groups).indices.tolist() for i in range(size)]
+        chosen = sorted(allowed, key=lambda expert: -scores[expert])[: moe.top_k]
+        reached = {expert // (moe.num_experts // ranks) for expert in chosen}
+        counts[0] += len(reached)
+        counts[1] += len({rank // per_node for rank in reached})
+    for ranks_or_nodes, count in zip((ranks, nodes), counts, strict=True):
+        assert mean_destinations(moe, ranks_or_nodes) == pytest.approx(count / 2000, rel=0.01)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -110,7 +110,9 @@ def _json(name: str, work: Workload, result: Result) -> dict[str, Any]:
             "sizes": asdict(one.layout.sizes),
             **asdict(one.setting),
             "memory_bytes": {**one.memory, "total": one.total_memory},
+            "exchange_hops": one.hops,
             "sent_bytes_per_step": one.sent,
+            "sent_between_nodes_per_step": one.between_nodes,
             "seconds": {**one.seconds, "step": one.step_seconds},
             "tokens_per_second_per_gpu": work.tokens / one.step_seconds / work.gpus,
             "model_flops_utilisation": utilisation(work, one),
@@ -150,7 +152,7 @@ def _ranking(work: Workload, estimates: Sequence[Estimate]) -> str:
     from zoo.cli.text import columns
     from zoo.parallel.estimate import gpu_hours_per_trillion, utilisation
 
-    head = ["plan", "replicate", "shard", "tensor", "expert", "batch", "recompute", "reshard"]
+    head = ["plan", "replicate", "shard", "tensor", "expert", "hops", "batch", "recompute", "reshard"]
     rows = [[*head, "memory", "step", "tokens/s/GPU", "MFU", "GPU h/T tokens"]]
     for one in estimates:
         sizes, setting = one.layout.sizes, one.setting
@@ -159,6 +161,7 @@ def _ranking(work: Workload, estimates: Sequence[Estimate]) -> str:
             [
                 one.layout.plan,
                 *map(str, mesh),
+                str(one.hops or "-"),
                 f"{setting.micro_batches} x {setting.micro_batch}",
                 setting.recompute,
                 "yes" if setting.reshard else "no",
@@ -176,9 +179,13 @@ def _details(one: Estimate) -> str:
     """What each GPU holds, sends and waits for in the fastest layout."""
     from zoo.cli.text import columns
 
-    tables = [
-        ("memory", [(part, f"{size / 1e9:.2f} GB") for part, size in one.memory.items()]),
-        ("sent in a step", [(kind.replace("_", " "), f"{size / 1e9:.2f} GB") for kind, size in one.sent.items()]),
+    sent = [
+        (kind.replace("_", " "), _bytes(size), f"{_bytes(one.between_nodes.get(kind, 0))} between nodes")
+        for kind, size in one.sent.items()
+    ]
+    tables: list[tuple[str, Sequence[Sequence[str]]]] = [
+        ("memory at its fullest moment", [(part, _bytes(size)) for part, size in one.memory.items()]),
+        ("sent in a step", sent),
         ("time of a step", [(_TIME[part], _seconds(time)) for part, time in one.seconds.items()]),
     ]
     blocks = [f"{title}, each GPU of the first:\n{columns(rows)}" for title, rows in tables if rows]
@@ -192,6 +199,10 @@ _TIME = {
     "waiting": "waiting for it",
     "optimizer": "optimizer",
 }
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
 
 
 def _seconds(time: float) -> str:

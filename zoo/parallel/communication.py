@@ -19,6 +19,7 @@ import torch
 from zoo.accounting import FP32_BYTES
 from zoo.config import ModelConfig, MoEConfig
 from zoo.moe.router import limit_groups
+from zoo.parallel.exchange import spans_nodes
 from zoo.parallel.footprint import COMPUTE_BYTES, Precision, Recompute, Units
 from zoo.parallel.hardware import Gpu, Group, all_to_all_seconds, ring_seconds
 from zoo.parallel.mesh import MeshSizes
@@ -46,9 +47,21 @@ class Collective:
     """Bytes that one rank sends to others, in all calls."""
     calls: float
 
+    @property
+    def exchange(self) -> bool:
+        """Whether it is an all-to-all; all others are rings."""
+        return self.kind in ("all_to_all_dispatch", "all_to_all_combine")
+
+    def between_nodes(self, gpu: Gpu) -> float:
+        """Bytes of ``sent`` that leave the node, in the mean over the ranks."""
+        here, size = self.group.per_node(gpu), self.group.size
+        if here == size:
+            return 0.0
+        return self.sent * (size - here) / (size - 1) if self.exchange else self.sent / here
+
     def seconds(self, gpu: Gpu) -> float:
         """Time of all calls, one after the other."""
-        if self.kind in ("all_to_all_dispatch", "all_to_all_combine"):
+        if self.exchange:
             return all_to_all_seconds(gpu, self.group, self.sent, self.calls)
         passes = 2 if self.kind in ("all_reduce_gradients", "all_reduce_tensor") else 1
         return ring_seconds(gpu, self.group, self.sent, self.calls, passes)
@@ -114,24 +127,40 @@ def tensor_collectives(
 
 
 def expert_exchanges(
-    config: ModelConfig, sizes: MeshSizes, tokens: int, precision: Precision, recompute: Recompute
+    config: ModelConfig,
+    sizes: MeshSizes,
+    tokens: int,
+    precision: Precision,
+    recompute: Recompute,
+    ranks_per_node: int = 1,
 ) -> Iterator[Collective]:
     """All-to-alls of all MoE layers in one micro-batch of ``tokens`` tokens, under a balanced router.
 
     Forward, a row carries D activations, the numbers of its K experts and their fp32 weights, and brings D activations
     back; backward, gradients of the same except for the numbers. Each dispatch is preceded by an exchange of sizes,
-    whose bytes are not counted.
+    whose bytes are not counted. Where the expert ranks fill several nodes of ``ranks_per_node`` ranks, there is one
+    exchange between nodes and then one within them, the first first.
     """
     if config.moe is None or sizes.expert == 1:
         return
     layers = sum(map(config.is_moe_layer, range(config.num_layers)))
     again = 2 if recompute == "block" else 1
-    rows = rows_sent(config.moe, sizes.expert, math.ceil(tokens / sizes.tensor))
     row, top_k = config.hidden_size * COMPUTE_BYTES[precision], config.moe.top_k
     there = again * (row + top_k * (EXPERT_ID_BYTES + FP32_BYTES)) + row + top_k * FP32_BYTES
-    group = Group(sizes.expert)
-    yield Collective("all_to_all_dispatch", group, layers * rows * there, layers * (4 * again + 2))
-    yield Collective("all_to_all_combine", group, layers * rows * (again + 1) * row, layers * (again + 1))
+    for group, rows in _hops(config.moe, sizes.expert, math.ceil(tokens / sizes.tensor), ranks_per_node):
+        yield Collective("all_to_all_dispatch", group, layers * rows * there, layers * (4 * again + 2))
+        yield Collective("all_to_all_combine", group, layers * rows * (again + 1) * row, layers * (again + 1))
+
+
+def _hops(moe: MoEConfig, expert_ranks: int, tokens: int, ranks_per_node: int) -> Iterator[tuple[Group, float]]:
+    """(who exchanges, rows that a rank sends to others) for ``tokens`` tokens of each rank."""
+    if not spans_nodes(expert_ranks, ranks_per_node):
+        yield Group(expert_ranks), rows_sent(moe, expert_ranks, tokens)
+        return
+    nodes = expert_ranks // ranks_per_node
+    yield Group(nodes, ranks_per_node), rows_sent(moe, nodes, tokens)
+    # A node hands on what came to it, as many rows as if each token had gone to its ranks at once.
+    yield Group(ranks_per_node), tokens * mean_destinations(moe, expert_ranks) * (1 - 1 / ranks_per_node)
 
 
 def rows_sent(moe: MoEConfig, expert_ranks: int, tokens: int) -> float:

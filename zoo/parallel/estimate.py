@@ -5,13 +5,14 @@ What is estimated is what ``zoo.parallel`` does with AdamW, uneven exchanges and
 Time of a step
     compute    FLOPs of matrix products on this rank, recomputed ones included, over peak · efficiency. All that is
                bound by memory (norms, rotary, routing, sorting) is charged to the efficiency.
-    exposed    Tensor-parallel collectives, the combine exchange, and what of the dispatch exchange is longer than the
-               shared experts, which are computed meanwhile.
+    exposed    Tensor-parallel collectives, and the exchanges of tokens, less what is computed during the first: the
+               shared experts. Of exchanges in one hop and in two, the faster is taken.
     hidden     Gathers and reductions of FSDP run beside the computation: they cost time only where the network is busy
                for longer than compute and exposed communication take together.
     optimizer  Seven fp32 numbers are read or written for a parameter: 28 bytes at the memory's bandwidth.
 
-    step = Σ over micro-batches of max(compute + exposed, all communication) + optimizer; reductions belong to the last.
+    step = Σ over micro-batches of max(compute + exposed, all communication) + optimizer; reductions belong to the last,
+    or to each.
 
 Every rank is taken to get equally many rows, and the host never to be late.
 """
@@ -19,6 +20,7 @@ Every rank is taken to get equally many rows, and the host never to be late.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -100,6 +102,8 @@ class Setting:
     recompute: Recompute
     reshard: bool
     """Whether gathered parameters are freed between the forward and the backward pass."""
+    reduce_each: bool = False
+    """Whether gradients are reduced after every micro-batch (``grads.set_last_micro_batch``), or after the last."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,10 @@ class Estimate:
     """Bytes by purpose."""
     sent: dict[str, float]
     """Bytes that the rank sends in a step, by kind of collective."""
+    between_nodes: dict[str, float]
+    """Those of them that leave its node."""
+    hops: int
+    """Exchanges on a token's way to its experts: none, one, or one between nodes and one within."""
     seconds: dict[str, float]
     """``compute``, ``exposed`` and ``hidden`` communication, ``waiting`` for the hidden, and ``optimizer``."""
 
@@ -133,31 +141,42 @@ def estimate(
     config, sizes, precision, recompute = work.config, layout.sizes, work.precision, setting.recompute
     tokens = setting.micro_batch * work.sequence_length
     blocking = list(tensor_collectives(config, units, sizes, tokens, precision, recompute))
-    exchanges = list(expert_exchanges(config, sizes, tokens, precision, recompute))
     gathers = list(parameter_gathers(units, sizes, precision, setting.reshard))
     reductions = list(gradient_reductions(units, sizes))
-    sent: dict[str, float] = {}
-    for collectives, times in ((blocking + exchanges + gathers, setting.micro_batches), (reductions, 1)):
-        for collective in collectives:
-            sent[collective.kind] = sent.get(collective.kind, 0.0) + times * collective.sent
-
     rate = work.peak_flops * work.efficiency
     compute = tokens * rank_flops(config, units, sizes, work.sequence_length, recompute) / rate
     shared = tokens * _shared_expert_flops(config, sizes, recompute) / rate
+
+    def in_the_open(exchanges: list[Collective]) -> float:
+        """Seconds of exchanges less what the first dispatch hides behind the shared experts."""
+        return _total(exchanges, work.gpu) - min(_total(exchanges[:1], work.gpu), shared)
+
+    ways = [list(expert_exchanges(config, sizes, tokens, precision, recompute, n)) for n in (1, work.gpu.gpus_per_node)]
+    exchanges = min(ways, key=in_the_open)
     travel = _total(blocking + exchanges, work.gpu)
-    dispatch = _total((c for c in exchanges if c.kind == "all_to_all_dispatch"), work.gpu)
-    exposed = travel - min(dispatch, shared)
+    exposed = _total(blocking, work.gpu) + in_the_open(exchanges)
+    sent: Counter[str] = Counter()
+    between: Counter[str] = Counter()
+    reducing = setting.micro_batches if setting.reduce_each else 1
+    for collectives, times in (
+        (blocking + exchanges + gathers, setting.micro_batches),
+        (reductions, reducing),
+    ):
+        for collective in collectives:
+            sent[collective.kind] += times * collective.sent
+            between[collective.kind] += times * collective.between_nodes(work.gpu)
+
     gather, reduction = _total(gathers, work.gpu), _total(reductions, work.gpu)
     # By how much the network is busy for longer than the rest of a micro-batch takes, without and with reductions.
     late = travel + gather - compute - exposed
     seconds = {
         "compute": setting.micro_batches * compute,
         "exposed": setting.micro_batches * exposed,
-        "hidden": setting.micro_batches * gather + reduction,
-        "waiting": (setting.micro_batches - 1) * max(late, 0.0) + max(late + reduction, 0.0),
+        "hidden": setting.micro_batches * gather + reducing * reduction,
+        "waiting": (setting.micro_batches - reducing) * max(late, 0.0) + reducing * max(late + reduction, 0.0),
         "optimizer": held.whole.at_rest * ADAMW_BYTES / work.gpu.memory_bandwidth,
     }
-    return Estimate(layout, setting, memory, {kind: size for kind, size in sent.items() if size}, seconds)
+    return Estimate(layout, setting, memory, dict(+sent), dict(+between), len(exchanges) // 2, seconds)
 
 
 def _total(collectives: Iterable[Collective], gpu: Gpu) -> float:

@@ -14,7 +14,7 @@ largest at the same time, so that moments are compared:
 A gathered unit is copied out of the buffer that it arrived in, experts by way of a third (they are split along another
 dimension than the first). Its gradient comes in the dtype of the computation, is copied to fp32, and waits there until
 the next unit's is reduced. With several micro-batches nothing is reduced before the last, and all gradients of the
-local model wait in fp32.
+local model wait in fp32; where each is reduced, the sharded gradients stay throughout.
 
 A GPU counts as full at ``USABLE_MEMORY`` of its memory: CUDA, NCCL's buffers and fragmentation have the rest.
 """
@@ -86,9 +86,11 @@ def _moments(work: Workload, sizes: MeshSizes, held: Holdings, setting: Setting)
     everything = held.whole.at_rest * FP32_BYTES
     root = held.root.gathered_bytes
     resident = root if setting.reshard else held.whole.gathered_bytes
+    several = setting.micro_batches > 1
     # Gradients of earlier micro-batches wait; if there are none, those of the step before are still there.
-    waiting = held.whole.gathered * FP32_BYTES if setting.micro_batches > 1 else 0
+    waiting = held.whole.gathered * FP32_BYTES if several and not setting.reduce_each else 0
     before = 0 if waiting else everything
+    added = several and setting.reduce_each
     for place in places:
         block, experts, own = place.layers.block, place.layers.experts, place.activations
         buffers = 2 * block.gathered_bytes + 2 * experts.gathered_bytes if setting.reshard else 0
@@ -101,13 +103,13 @@ def _moments(work: Workload, sizes: MeshSizes, held: Holdings, setting: Setting)
         head = config.vocab_size * config.hidden_size * itemsize
         for moment in _backward(place, setting, itemsize, sizes):
             yield Moment(
-                gradients=0 if waiting else place.reduced * FP32_BYTES,
+                gradients=everything if added else 0 if waiting else place.reduced * FP32_BYTES,
                 gathered=root + moment.gathered + (0 if setting.reshard else place.gathered_before),
                 unreduced=waiting + head + moment.unreduced,
                 activations=tokens * (place.kept_before + moment.activations),
             )
     kept = sum(layers.count * own.kept(recompute) for layers, own in _kinds(work, sizes, held))
-    for gradients, logits in ((before, loss_activations), (0, head_activations)):
+    for gradients, logits in ((before, loss_activations), (everything if added else 0, head_activations)):
         yield Moment(
             gradients=gradients,
             gathered=resident,
