@@ -96,6 +96,8 @@ class AttentionConfig:
     """Scores x become c·tanh(x / c) before the mask."""
     sinks: bool = False
     """A learned score for every head that takes part in the softmax, and attends to nothing."""
+    clip_qkv: float | None = None
+    """Queries, keys and values are clamped to ± this before rotary."""
 
     def window(self, layer: int) -> int | None:
         """Sliding window of layer number ``layer`` (from 0), None where it sees everything before it."""
@@ -157,8 +159,8 @@ class ModelConfig:
     attention: AttentionConfig | None = None
     mla: MLAConfig | None = None
     moe: MoEConfig | None = None
-    norm: Literal["rms", "unit_offset_rms"] = "rms"
-    """RMSNorm, or RMSNorm whose parameter is what the factor differs from 1 by."""
+    norm: Literal["rms", "unit_offset_rms", "layer"] = "rms"
+    """RMSNorm, RMSNorm whose parameter is what the factor differs from 1 by, or LayerNorm without bias."""
     norm_placement: Literal["before", "after", "both"] = "before"
     """Where the norms of a block stand: before the mixer and the FFN, after them inside the residual, or both."""
     ffn: Literal["swiglu", "geglu"] = "swiglu"
@@ -264,11 +266,10 @@ def _validate_rope(r: RopeConfig) -> None:
 
 
 def _validate_attention(a: AttentionConfig) -> None:
+    kinds = [n for n in ("logit_softcap", "sinks", "clip_qkv") if getattr(a, n)]
+    _require(len(kinds) <= 1, "attention", " + ".join(kinds), "give at most one of these")
     _require(
-        not (a.sinks and a.logit_softcap is not None),
-        "attention.sinks",
-        True,
-        "not together with logit_softcap; drop one",
+        a.clip_qkv is None or a.clip_qkv > 0, "attention.clip_qkv", a.clip_qkv, "give a positive bound, or null for none"
     )
     _require(a.num_heads >= 1, "attention.num_heads", a.num_heads, "give a positive integer")
     _require(a.num_kv_heads >= 1, "attention.num_kv_heads", a.num_kv_heads, "give a positive integer")

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from zoo.cache import Cache, LayerCache
 from zoo.config import ModelConfig
-from zoo.layers.attention import Attention, SinkAttention, SoftcappedAttention
+from zoo.layers.attention import Attention, ClampedAttention, SinkAttention, SoftcappedAttention
 from zoo.layers.ffn import GEGLU, SwiGLU
 from zoo.layers.mla import MLA
-from zoo.layers.norm import RMSNorm, UnitOffsetRMSNorm
+from zoo.layers.norm import LayerNorm, RMSNorm, UnitOffsetRMSNorm
 from zoo.layers.rope import Rotary
 from zoo.layers.scaling import ScaledEmbedding, SoftCap
 from zoo.layers.sequence import SequenceLayout, sequence_layout
@@ -141,10 +141,9 @@ def _embedding(config: ModelConfig) -> nn.Embedding:
 def _mixer(config: ModelConfig, layer: int) -> Attention | MLA:
     if config.attention is None:
         return MLA(config)
-    if config.attention.sinks:
-        return SinkAttention(config, layer)
-    capped = config.attention.logit_softcap is not None
-    return SoftcappedAttention(config, layer) if capped else Attention(config, layer)
+    special = {"sinks": SinkAttention, "logit_softcap": SoftcappedAttention, "clip_qkv": ClampedAttention}
+    kind = next((kind for field, kind in special.items() if getattr(config.attention, field)), Attention)
+    return kind(config, layer)
 
 
 def _ffn(config: ModelConfig) -> nn.Module:
@@ -152,7 +151,8 @@ def _ffn(config: ModelConfig) -> nn.Module:
 
 
 def _norm(config: ModelConfig) -> nn.Module:
-    return {"rms": RMSNorm, "unit_offset_rms": UnitOffsetRMSNorm}[config.norm](config.hidden_size, config.norm_eps)
+    kind = {"rms": RMSNorm, "unit_offset_rms": UnitOffsetRMSNorm, "layer": LayerNorm}[config.norm]
+    return kind(config.hidden_size, config.norm_eps)
 
 
 def _rotary_size(config: ModelConfig) -> int:

@@ -133,6 +133,6 @@ def test_a_box_of_a_parameter_is_made_of_its_own_numbers_only(layout: str, data:
         read.append(sources[name][box].numel())
         return sources[name][box]
 
-    part = op.region_to_zoo(tuple(region), shape, read_region)
+    part = op.region_to_zoo(op.targets[0], tuple(region), shape, read_region)
     assert torch.equal(part, full[tuple(region)])
     assert sum(read) == part.numel()

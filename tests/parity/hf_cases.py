@@ -123,6 +123,17 @@ CASES: dict[str, dict[str, Any]] = {
         "swiglu_limit": 0.5,
         "rope_scaling": {**_YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
     },
+    "dbrx": {
+        "model_type": "dbrx",
+        "vocab_size": VOCAB,
+        "d_model": 64,
+        "n_layers": 3,
+        "n_heads": 4,
+        "max_seq_len": 4 * CONTEXT,
+        "rope_theta": 500_000.0,
+        "attn_config": {"clip_qkv": 0.5, "kv_n_heads": 2, "rope_theta": 500_000.0},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 10, "moe_top_k": 3},
+    },
     "deepseek-v2": {
         **_V2,
         "topk_method": "group_limited_greedy",
@@ -149,7 +160,7 @@ def random_model(case: str, seed: int = 0) -> PreTrainedModel:
             if "rotary_emb" in name or name.endswith("embed_scale"):  # constants
                 continue
             noise = torch.randn(tensor.shape, generator=generator)
-            if name.endswith("norm.weight"):
+            if name.endswith(("norm.weight", "norm_1.weight", "norm_2.weight", "norm_f.weight")):
                 tensor.copy_(1 + 0.2 * noise)
             elif name.endswith(("bias", "correction_bias")):
                 tensor.copy_(0.2 * noise)

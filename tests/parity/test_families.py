@@ -203,6 +203,8 @@ MISTAKES: list[tuple[str, str, dict[str, Any]]] = [
     ("gpt-oss", "moe", {"norm_topk_prob": False}),
     ("gpt-oss", "moe", {"swiglu_limit": 7.0}),
     ("gpt-oss", "rope.yarn", {"truncate": True}),
+    ("dbrx", "attention", {"clip_qkv": None}),
+    ("dbrx", "moe", {"norm_topk_prob": False}),
     ("olmoe", "moe", {"norm_topk_prob": True}),
     ("deepseek-v2", "moe", {"group_score": "top2_sum"}),
     ("deepseek-v2", "moe", {"num_groups": 1, "top_k_groups": 1}),

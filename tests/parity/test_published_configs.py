@@ -430,6 +430,35 @@ _GPT_OSS = {
 }
 """Without its ``quantization_config``: the experts of the published file are in MXFP4."""
 
+_DBRX = {
+    "architectures": ["DbrxForCausalLM"],
+    "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "model_type": "", "rope_theta": 500000},
+    "auto_map": {"AutoConfig": "configuration_dbrx.DbrxConfig"},
+    "d_model": 6144,
+    "emb_pdrop": 0.0,
+    "ffn_config": {
+        "ffn_hidden_size": 10752,
+        "model_type": "",
+        "moe_jitter_eps": 0.01,
+        "moe_loss_weight": 0.05,
+        "moe_num_experts": 16,
+        "moe_top_k": 4,
+    },
+    "initializer_range": 0.02,
+    "max_seq_len": 32768,
+    "model_type": "dbrx",
+    "n_heads": 48,
+    "n_layers": 40,
+    "output_router_logits": False,
+    "resid_pdrop": 0.0,
+    "router_aux_loss_coef": 0.05,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.38.2",
+    "use_cache": True,
+    "vocab_size": 100352,
+}
+
 PUBLISHED = {
     "llama-3.1-8b": _LLAMA,
     "mixtral-8x7b": _MIXTRAL,
@@ -437,6 +466,7 @@ PUBLISHED = {
     "qwen3-8b": _QWEN3,
     "qwen3-30b-a3b": _QWEN3_MOE,
     "gpt-oss-20b": _GPT_OSS,
+    "dbrx": _DBRX,
     "olmo-2-7b": _OLMO2,
     "gemma-2-27b": _GEMMA2,
     "olmoe-1b-7b": _OLMOE,
@@ -502,6 +532,8 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("gemma-2-27b", {"attn_logit_softcapping": None}),
     ("gpt-oss-20b", {"swiglu_alpha": 1.0}),
     ("gpt-oss-20b", {"experts_per_token": 2}),
+    ("dbrx", {"resid_pdrop": 0.1}),
+    ("dbrx", {"rope_theta": 10000.0}),
     ("olmoe-1b-7b", {"clip_qkv": 8.0}),
     ("deepseek-v2-lite", {"topk_method": "noaux_tc"}),
     ("deepseek-v2-lite", {"norm_topk_prob": True}),

@@ -12,7 +12,6 @@ from zoo.config import AttentionConfig, MLAConfig, ModelConfig, MoEConfig, RopeC
 @st.composite
 def attention_configs(draw: st.DrawFn) -> AttentionConfig:
     num_kv_heads, window = draw(st.integers(1, 3)), draw(st.none() | st.integers(1, 8))
-    softcap = draw(st.none() | st.floats(1, 50))
     return AttentionConfig(
         num_heads=num_kv_heads * draw(st.integers(1, 3)),
         num_kv_heads=num_kv_heads,
@@ -23,8 +22,7 @@ def attention_configs(draw: st.DrawFn) -> AttentionConfig:
         sliding_window=window,
         full_attention_interval=draw(st.none() | st.integers(2, 3)) if window else None,
         query_scale_dim=draw(st.none() | st.integers(1, 8)),
-        logit_softcap=softcap,
-        sinks=softcap is None and draw(st.booleans()),
+        **draw(st.sampled_from([{}, {"logit_softcap": 20.0}, {"sinks": True}, {"clip_qkv": 8.0}])),
     )
 
 
@@ -81,7 +79,7 @@ def model_configs(draw: st.DrawFn, *, sparse: bool | None = None, max_layers: in
         norm_eps=1e-6,
         rope=RopeConfig(theta=10000.0),
         moe=draw(moe_configs(num_layers)) if has_moe else None,
-        norm=draw(st.sampled_from(["rms", "unit_offset_rms"])),
+        norm=draw(st.sampled_from(["rms", "unit_offset_rms", "layer"])),
         embedding_multiplier=draw(st.none() | st.floats(0.5, 8)),
         logit_softcap=draw(st.none() | st.floats(1, 50)),
         norm_placement=draw(st.sampled_from(["before", "after", "both"])),

@@ -138,8 +138,9 @@ def test_flops_equal_those_that_torch_counts(config: ModelConfig) -> None:
     # The fused kernel for CPU is unknown to the counter; the plain one is made of products that it knows.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(input_ids)
-    masked = length * length - sum(min(i + 1, window_of(config) or length) for i in range(length))
-    per_pair = 2 * sum(head_sizes(config)) * config.num_layers
+    windows = [window_of(config, layer) or length for layer in range(config.num_layers)]
+    masked = sum(length - min(i + 1, window) for window in windows for i in range(length))
+    per_pair = 2 * sum(head_sizes(config))
     combine = (
         2 * config.moe.top_k * config.hidden_size * (config.num_layers - config.moe.first_k_dense) if config.moe else 0
     )
@@ -147,8 +148,8 @@ def test_flops_equal_those_that_torch_counts(config: ModelConfig) -> None:
     assert counter.get_total_flops() == pytest.approx(expected)
 
 
-def window_of(config: ModelConfig) -> int | None:
-    return config.attention.sliding_window if config.attention else None
+def window_of(config: ModelConfig, layer: int) -> int | None:
+    return config.attention.window(layer) if config.attention else None
 
 
 def head_sizes(config: ModelConfig) -> tuple[int, int]:

@@ -14,7 +14,8 @@ from zoo.families import get_family
 from zoo.families.base import Layout
 from zoo.registry import find_spec, model_names
 from zoo.weights.convert import parameter_shapes
-from zoo.weights.ops import Op, Rename, Split, Stack, Transpose, source_shapes
+from zoo.weights.ops import Op, Rename, Split, Stack, source_shapes
+from zoo.weights.rearrange import Chain, Cut, Transpose
 
 sizes = st.integers(1, 4)
 
@@ -66,10 +67,59 @@ def test_transpose(experts: int, rows: int, columns: int, data: st.DataObject) -
     down = there_and_back(plain, {"a": source})["b"]
     assert torch.equal(down, source.mT)
     for whole, one in ((gate_up, op), (down, plain)):
-        ends = [sorted(data.draw(st.lists(st.integers(0, n), min_size=2, max_size=2))) for n in whole.shape]
-        region = tuple(slice(*pair) for pair in ends)
-        box = one.region_to_zoo(region, tuple(whole.shape), lambda name, box: source[box])
+        region = draw_region(data, whole)
+        box = one.region_to_zoo("b", region, tuple(whole.shape), lambda name, box: source[box])
         assert torch.equal(box, whole[region])
+
+
+@given(rows=st.lists(sizes, min_size=1, max_size=3), columns=sizes, data=st.data())
+def test_cut(rows: list[int], columns: int, data: st.DataObject) -> None:
+    source, names = torch.randn(sum(rows), columns), tuple("bcd"[: len(rows)])
+    op = Cut("a", names, tuple(rows))
+    cut = there_and_back(op, {"a": source})
+    assert torch.equal(torch.cat(list(cut.values())), source)
+    name = data.draw(st.sampled_from(names))
+    region = draw_region(data, cut[name])
+    box = op.region_to_zoo(name, region, tuple(cut[name].shape), lambda name, box: source[box])
+    assert torch.equal(box, cut[name][region])
+
+
+@given(experts=sizes, rows=sizes, columns=sizes, data=st.data())
+def test_row_17_dbrx_experts(experts: int, rows: int, columns: int, data: st.DataObject) -> None:
+    """w1 and v1 [E·F, D] are gate and up, each applied transposed as usual; w2 [E·F, D] is applied as it lies."""
+    sources = {name: torch.randn(experts * rows, columns) for name in ("w1", "v1", "w2")}
+    gate_up = Chain(
+        (
+            Stack(("w1", "v1"), "all", leading=(2,)),
+            Split("all", "split", dim=1, parts=experts),
+            Transpose("split", "gate_up", (1, 0, 2, 3)),
+        )
+    )
+    down = Chain((Split("w2", "split", dim=0, parts=experts), Transpose("split", "down", (0, 2, 1))))
+    ours = there_and_back(gate_up, {name: sources[name] for name in ("w1", "v1")})
+    ours |= there_and_back(down, {"w2": sources["w2"]})
+    for e in range(experts):
+        mine = slice(e * rows, (e + 1) * rows)
+        assert torch.equal(ours["gate_up"][e, 0], sources["w1"][mine])
+        assert torch.equal(ours["gate_up"][e, 1], sources["v1"][mine])
+        assert torch.equal(ours["down"][e], sources["w2"][mine].T)
+    for op, whole in ((gate_up, ours["gate_up"]), (down, ours["down"])):
+        region = draw_region(data, whole)
+        read = []
+
+        def read_box(name: str, box: tuple[slice, ...], read: list[int] = read) -> Tensor:
+            read.append(sources[name][box].numel())
+            return sources[name][box]
+
+        part = op.region_to_zoo(op.targets[0], region, tuple(whole.shape), read_box)
+        assert torch.equal(part, whole[region])
+        assert sum(read) == part.numel()
+
+
+def draw_region(data: st.DataObject, whole: Tensor) -> tuple[slice, ...]:
+    """Any box of ``whole`` that is not empty."""
+    starts = [data.draw(st.integers(0, n - 1)) for n in whole.shape]
+    return tuple(slice(a, data.draw(st.integers(a + 1, n))) for a, n in zip(starts, whole.shape, strict=True))
 
 
 @pytest.mark.parametrize("layout", ["per_expert", "fused"])

@@ -8,6 +8,7 @@ from typing import Any
 
 from zoo.config import ModelConfig, ModelSpec
 from zoo.families import (
+    dbrx,
     deepseek_moe,
     deepseek_v2,
     deepseek_v3,
@@ -37,6 +38,7 @@ _MODULES = (
     qwen3_moe,
     olmoe,
     gpt_oss,
+    dbrx,
     deepseek_moe,
     deepseek_v2,
     deepseek_v3,

@@ -17,7 +17,8 @@ from zoo.families.parts import (
     write_gqa,
 )
 from zoo.families.tensors import decoder_map
-from zoo.weights.ops import Op, Rename, Transpose
+from zoo.weights.ops import Op, Rename
+from zoo.weights.rearrange import Transpose
 
 
 def _read(fields: Fields) -> ModelConfig:

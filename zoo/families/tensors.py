@@ -36,7 +36,7 @@ NORMS: dict[str, tuple[tuple[str, str], ...]] = {
 }
 """``norm_placement`` → (published, our) names of the norms of a block."""
 
-NORM_PARAMETER = {"rms": "weight", "unit_offset_rms": "offset"}
+NORM_PARAMETER = {"rms": "weight", "unit_offset_rms": "offset", "layer": "weight"}
 """``norm`` → our name of its parameter, which is always published as ``weight``."""
 
 

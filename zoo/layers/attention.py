@@ -40,14 +40,18 @@ class Attention(nn.Module):
         self, x: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor], cache: LayerCache | None
     ) -> Tensor:
         """x [B, S, D], rotary cos and sin [B, S, 1, d/2] → [B, S, D]; appends k and v to ``cache`` where given."""
-        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))
-        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))
+        q, k, v = self.project(x)
         q = rotate(q, *rotary, self.rope_layout).transpose(1, 2)
         k = rotate(k, *rotary, self.rope_layout).transpose(1, 2)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(layout.past, k, v)
         return self.o_proj(self.attend(q, k, v, layout.within(self.window)).flatten(-2))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, S, D] → q [B, S, H, d], k and v [B, S, G, d], normalised where they are."""
+        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        return self.q_norm(q), self.k_norm(k), v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
         """q [B, H, S, d], k and v [B, G, L, d] → [B, S, H, d]."""
@@ -84,6 +88,20 @@ class SinkAttention(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
         """See ``Attention``."""
         return attend_with_sinks(q, k, v, layout, self.scale, self.sinks)
+
+
+class ClampedAttention(Attention):
+    """Attention whose queries, keys and values stay within ± ``clip_qkv`` (MPT and DBRX, published code)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        assert config.attention is not None and config.attention.clip_qkv is not None
+        self.bound = config.attention.clip_qkv
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``Attention``."""
+        q, k, v = (tensor.clamp(-self.bound, self.bound) for tensor in super().project(x))
+        return q, k, v
 
 
 def _qk_norm(config: ModelConfig, width: int) -> nn.Module:

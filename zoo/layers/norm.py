@@ -1,4 +1,4 @@
-"""Root mean square normalisation."""
+"""Normalisation of vectors to equal size."""
 
 from __future__ import annotations
 
@@ -42,3 +42,16 @@ class UnitOffsetRMSNorm(nn.Module):
         """x [..., size] → the same shape and dtype."""
         exact = torch.promote_types(self.offset.dtype, torch.float32)
         return F.rms_norm(x.to(exact), self.offset.shape, 1 + self.offset.to(exact), self.eps).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / sqrt(var(x) + eps) · weight over the last dimension (arXiv 1607.06450, equation 4), no bias."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., size] → the same shape and dtype."""
+        return F.layer_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, None, self.eps).to(x.dtype)

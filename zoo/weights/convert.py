@@ -161,7 +161,7 @@ class Stream:
 
     def read_region(self, name: str, region: Region, shape: Shape) -> Tensor:
         """A box of our parameter ``name``, which has ``shape``; nothing else is read."""
-        return self._by_target[name].region_to_zoo(region, shape, self._source.read_region)
+        return self._by_target[name].region_to_zoo(name, region, shape, self._source.read_region)
 
     def groups(self) -> Iterator[Named]:
         """For every operation, its tensors."""

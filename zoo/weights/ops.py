@@ -1,7 +1,8 @@
 """Reversible operations between the tensors of a published checkpoint and the parameters of ``zoo.model.Decoder``.
 
-A weight map is a list of operations. Each names the published tensors it takes and the parameters it fills, and runs
-both ways, one tensor group at a time: nothing but its own group is ever in memory.
+A weight map is a list of operations, the rarer ones from ``zoo/weights/rearrange.py``. Each names the published tensors
+it takes and the parameters it fills, and runs both ways, one tensor group at a time: nothing but its own group is ever
+in memory.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ class Op(Protocol):
         """Read every target once and yield (name, tensor) for every source: the inverse of ``to_zoo``."""
         ...
 
-    def region_to_zoo(self, region: Region, target_shape: Shape, read: ReadRegion) -> Tensor:
-        """The box ``region`` of the one target, of which nothing else is read."""
+    def region_to_zoo(self, target: str, region: Region, target_shape: Shape, read: ReadRegion) -> Tensor:
+        """The box ``region`` of ``target``, which has ``target_shape``; nothing else is read."""
         ...
 
     def source_shape(self, target_shape: Shape) -> Shape:
-        """Shape that every source must have, given the shape of the target."""
+        """Shape that every source must have, given the shape of the first target."""
         ...
 
 
@@ -71,7 +72,7 @@ class Rename:
     def to_published(self, read: Read) -> Iterator[tuple[str, Tensor]]:
         yield self.source, read(self.target)
 
-    def region_to_zoo(self, region: Region, target_shape: Shape, read: ReadRegion) -> Tensor:
+    def region_to_zoo(self, target: str, region: Region, target_shape: Shape, read: ReadRegion) -> Tensor:
         return read(self.source, region)
 
     def source_shape(self, target_shape: Shape) -> Shape:
@@ -108,7 +109,7 @@ class Stack:
     def to_published(self, read: Read) -> Iterator[tuple[str, Tensor]]:
         yield from zip(self.sources, read(self.target).flatten(0, len(self.leading) - 1).unbind(0), strict=True)
 
-    def region_to_zoo(self, region: Region, target_shape: Shape, read: ReadRegion) -> Tensor:
+    def region_to_zoo(self, target: str, region: Region, target_shape: Shape, read: ReadRegion) -> Tensor:
         depth = len(self.leading)
         chosen = [range(s.start, s.stop) for s in region[:depth]]
         sources = [self.sources[_row_major(index, self.leading)] for index in itertools.product(*chosen)]
@@ -146,7 +147,7 @@ class Split:
     def to_published(self, read: Read) -> Iterator[tuple[str, Tensor]]:
         yield self.source, read(self.target).flatten(self.dim, self.dim + 1)
 
-    def region_to_zoo(self, region: Region, target_shape: Shape, read: ReadRegion) -> Tensor:
+    def region_to_zoo(self, target: str, region: Region, target_shape: Shape, read: ReadRegion) -> Tensor:
         outer, inner = region[self.dim : self.dim + 2]
         size = target_shape[self.dim + 1]
         starts = [part * size + inner.start for part in range(outer.start, outer.stop)]
@@ -160,55 +161,6 @@ class Split:
     def source_shape(self, target_shape: Shape) -> Shape:
         merged = target_shape[self.dim] * target_shape[self.dim + 1]
         return (*target_shape[: self.dim], merged, *target_shape[self.dim + 2 :])
-
-
-@dataclass(frozen=True)
-class Transpose:
-    """The dimensions of the source in another order: target dimension i is source dimension ``order[i]``.
-
-    With ``interleaved = 2`` the last source dimension holds pairs (gate₀, up₀, gate₁, up₁, …), which are made a
-    dimension of their own, the last, beforehand: [E, D, 2·F] becomes [E, 2, F, D] with ``order = (0, 3, 2, 1)``.
-    """
-
-    source: str
-    target: str
-    order: tuple[int, ...]
-    interleaved: int = 1
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return (self.source,)
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        return (self.target,)
-
-    def to_zoo(self, read: Read) -> Iterator[tuple[str, Tensor]]:
-        yield self.target, self._pairs_apart(read(self.source)).permute(self.order).contiguous()
-
-    def to_published(self, read: Read) -> Iterator[tuple[str, Tensor]]:
-        source = read(self.target).permute(self._inverse)
-        yield self.source, (source.flatten(-2) if self.interleaved > 1 else source).contiguous()
-
-    def region_to_zoo(self, region: Region, target_shape: Shape, read: ReadRegion) -> Tensor:
-        box = [region[i] for i in self._inverse]
-        if self.interleaved == 1:
-            return read(self.source, tuple(box)).permute(self.order).contiguous()
-        # Neighbours in the file: a pair is read whole, also where one of it is wanted.
-        wanted, pairs = box.pop(), box.pop()
-        box.append(slice(pairs.start * self.interleaved, pairs.stop * self.interleaved))
-        return self._pairs_apart(read(self.source, tuple(box)))[..., wanted].permute(self.order).contiguous()
-
-    def source_shape(self, target_shape: Shape) -> Shape:
-        shape = tuple(target_shape[i] for i in self._inverse)
-        return (*shape[:-2], shape[-2] * shape[-1]) if self.interleaved > 1 else shape
-
-    @property
-    def _inverse(self) -> tuple[int, ...]:
-        return tuple(self.order.index(i) for i in range(len(self.order)))
-
-    def _pairs_apart(self, source: Tensor) -> Tensor:
-        return source.unflatten(-1, (-1, self.interleaved)) if self.interleaved > 1 else source
 
 
 def _row_major(index: tuple[int, ...], shape: Shape) -> int:
