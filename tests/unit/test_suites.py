@@ -222,38 +222,43 @@ def test_full_answers_are_not_cut_at_a_point_or_a_comma(small_trivia: Path) -> N
 
 
 def test_phone_book_counts_whole_numbers(tmp_path: Path) -> None:
-    rows = [phone_book.row(i, name, number) for i, (name, number) in enumerate({"ab": "0123", "cd": "4567"}.items())]
+    book = {"ab": "0123", "cd": "4567", "ef": "8901", "gh": "2345"}
+    answers = ["0123", "4567\n9", "890", "23456"]
+    rows = [phone_book.row(i, name, number) for i, (name, number) in enumerate(book.items())]
     write_tables(tmp_path / phone_book.DATASET, {"default": rows}, phone_book.ORIGIN)
-    for answers, expected in ((("0123", "4567"), 1.0), (("0123\n9", "456"), 0.5), (("123", "45678"), 0.0)):
-        lm = Scripted(lambda _: False, lambda request, answers=answers: " " + answers[request.doc_id])
-        results = run(lm, ["phone_book"], tmp_path)
-        assert scores(results, "phone_book") == {"exact_match": expected}
-        [[prompt, _]] = results["samples"]["phone_book"][1]["arguments"]
-        assert f"{prompt} 4567" == phone_book.as_text("cd", "4567")
+    lm = Scripted(lambda _: False, lambda request: " " + answers[request.doc_id])
+    results = run(lm, ["phone_book"], tmp_path)
+    assert [sample["exact_match"] for sample in results["samples"]["phone_book"]] == [1, 1, 0, 0]
+    assert scores(results, "phone_book") == {"exact_match": 2 / 4}
+    [[prompt, _]] = results["samples"]["phone_book"][1]["arguments"]
+    assert f"{prompt} 4567" == phone_book.as_text("cd", "4567")
 
 
-@pytest.mark.parametrize(
-    ("answer", "right"),
-    [
-        (" A B D", True),
-        (" A C D", True),  # another of the same length
-        (" A C D\nEdges:", True),
-        (" A E F D", False),  # longer
-        (" A D", False),  # no edge
-        (" B A C D", False),  # begins elsewhere
-        (" A B", False),  # ends elsewhere
-        (" A B D D", False),
-        ("", False),
-        (" the path is A B D", False),
-    ],
-)
-def test_any_shortest_path_is_right_and_nothing_else(tmp_path: Path, answer: str, right: bool) -> None:
+def test_any_shortest_path_is_right_and_nothing_else(tmp_path: Path) -> None:
     edges = [["B", "A"], ["B", "D"], ["A", "C"], ["D", "C"], ["A", "E"], ["E", "F"], ["F", "D"]]
     item = {"edges": edges, "source": "A", "target": "D", "distance": 2, "path": ["A", "B", "D"]}
-    write_tables(tmp_path / shortest_path.DATASET, {"default": [{"idx": 0, **item}]}, shortest_path.ORIGIN)
-    results = run(Scripted(lambda _: False, lambda _: answer), ["shortest_path"], tmp_path)
-    assert scores(results, "shortest_path") == {"acc": float(right)}
-    [[prompt, _]] = results["samples"]["shortest_path"][0]["arguments"]
+    right = [" A B D", " A C D", " A C D\nEdges:"]
+    wrong = {
+        " A E F D": "longer",
+        " A D": "no edge",
+        " B A C D": "begins elsewhere",
+        " A B": "ends elsewhere",
+        " A B D D": "goes on",
+        "": "nothing",
+        " the path is A B D": "words",
+    }
+    answers = [*right, *wrong]
+    rows = [{"idx": i, **item} for i in range(len(answers))]
+    write_tables(tmp_path / shortest_path.DATASET, {"default": rows}, shortest_path.ORIGIN)
+    lm = Scripted(lambda _: False, lambda request: answers[request.doc_id])
+    results = run(lm, ["shortest_path"], tmp_path)
+    samples = results["samples"]["shortest_path"]
+    assert {answer: sample["acc"] for answer, sample in zip(answers, samples, strict=True)} == {
+        **dict.fromkeys(right, 1.0),
+        **dict.fromkeys(wrong, 0.0),
+    }
+    assert scores(results, "shortest_path") == {"acc": 3 / 10}
+    [[prompt, _]] = samples[0]["arguments"]
     assert f"{prompt} A B D" == shortest_path.as_text(item)
 
 
