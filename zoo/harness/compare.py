@@ -5,9 +5,10 @@ Everything lands in one directory. What is finished there is not done again, so 
 ``study.yaml``          the study as it is run
 ``facts/``              the embedded data set, where the study uses it
 ``tokenizer/  data/``   tokenizer and token data
-``models/<run>/``       ``model.yaml``, ``fit.yaml``, ``fit/`` (the run directory of ``zoo fit``), ``cost.jsonl``,
-                        ``evaluation/`` (lm-eval's files) and ``measured.json``; a run is a model and a seed
-``report.*``            Markdown, HTML and JSON
+``models/<run>/``       ``model.yaml``, ``fit.yaml``, ``fit/`` (the run directory of ``zoo fit``, with the checkpoints
+                        evaluated along the way in ``snapshots/``), ``cost.jsonl``, ``evaluation/`` (lm-eval's files)
+                        and ``measured/`` (one file for each checkpoint); a run is a model and a seed
+``report.*  figures/``  Markdown, HTML and JSON; every figure as PNG and CSV
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from zoo.accounting import training_flops
 from zoo.config import load_yaml, save_spec, to_dict
 from zoo.files import write_text
 from zoo.harness import facts
+from zoo.harness.snapshots import Snapshots, seconds_file, snapshot_directory
 from zoo.harness.study import Model, Study, resolve_models
 from zoo.harness.suites.dataset import MIRROR, TRAINING_TEXT, VALIDATION_TEXT
 from zoo.tokenizer import Tokenizer
@@ -65,10 +67,14 @@ class Run:
         """Wall time and peak memory, one line for each start of the training that ended by itself."""
         return self.directory / "cost.jsonl"
 
-    @property
-    def measured_file(self) -> Path:
-        """Scores, perplexity and expert load."""
-        return self.directory / "measured.json"
+    def measured_file(self, step: int) -> Path:
+        """Scores, perplexity and expert load after optimizer step ``step``."""
+        return self.directory / "measured" / f"step-{step:08d}.json"
+
+    def seconds(self, step: int) -> float | None:
+        """What the optimizer steps up to ``step`` took; ``None`` where the study keeps no checkpoints."""
+        path = seconds_file(self.fit_directory, step)
+        return float(json.loads(path.read_text(encoding="utf-8"))["seconds"]) if path.exists() else None
 
     def costs(self) -> list[dict[str, float]]:
         """What each start of the training took; none where the study was killed before it could be written down."""
@@ -99,11 +105,12 @@ def run_study(study: Study, out: Path, data_root: Path | None, notify: Notify, j
     data = _prepare_data(study, out, notify)
     runs = [Run(m, seed, out / "models" / f"{m.name}-seed{seed}") for seed in study.seeds for m in models]
     _train_all(study, [run for run in runs if not run.checkpoint.exists()], data, notify, jobs)
-    for number, run in enumerate(runs, start=1):
-        position = f"[{number}/{len(runs)}] {run.model.name}, seed {run.seed}"
-        if not run.measured_file.exists():
+    points = [(run, step) for run in runs for step in study.training.evaluated_steps]
+    for number, (run, step) in enumerate(points, start=1):
+        position = f"[{number}/{len(points)}] {run.model.name}, seed {run.seed}, step {step:,}"
+        if not run.measured_file(step).exists():
             notify(f"{position}: evaluating {', '.join(study.tasks.all)}")
-            _measure(study, run, data, out / "facts" / MIRROR if study.data.facts else data_root)
+            _measure(study, run, step, data, out / "facts" / MIRROR if study.data.facts else data_root)
     return runs
 
 
@@ -166,6 +173,12 @@ def fit_config(study: Study, run: Run, data: Path) -> dict[str, Any]:
         },
         "trainer": {"default_root_dir": str(run.fit_directory), "max_steps": training.steps},
     }
+    if training.checkpoints > 1:
+        snapshots = {
+            "class_path": Snapshots.__module__ + ".Snapshots",
+            "init_args": {"steps": [*training.evaluated_steps]},
+        }
+        own["trainer"]["callbacks"] = [*training.fit.get("trainer", {}).get("callbacks", []), snapshots]
     if run.model.spec.model.moe is not None:
         own["model"] |= training.balance
     merged = OmegaConf.to_container(OmegaConf.merge(training.fit, own))
@@ -258,63 +271,33 @@ def _peak_memory(pid: int) -> int:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _measure(study: Study, run: Run, data: Path, data_root: Path | None) -> None:
-    """Scores of every item, validation perplexity and expert load of a trained model."""
+def _measure(study: Study, run: Run, step: int, data: Path, data_root: Path | None) -> None:
+    """Scores of every item, validation perplexity and expert load of a model after optimizer step ``step``."""
+    from zoo.harness.measure import guess_rate, item_scores, task_load, validate
     from zoo.harness.runner import evaluate
     from zoo.weights import load
 
-    model = load(run.checkpoint)
+    last = step == study.training.steps
+    weights = run.checkpoint if last else snapshot_directory(run.fit_directory, step)
+    model, tokenizer = load(weights), Tokenizer.load(run.checkpoint)
     results = evaluate(
         model,
-        Tokenizer.load(run.checkpoint),
+        tokenizer,
         list(study.tasks.all),
         data_root=data_root,
         limit=study.limit,
         batch_size=EVALUATION_BATCH,
-        output=run.directory / "evaluation",
+        output=run.directory / "evaluation" / ("" if last else f"step-{step:08d}"),
         seed=run.seed,
         name=run.model.name,
     )
     measured = {
         "scores": {task: item_scores(results, task) for task in study.tasks.all},
         "guess": {task: guess_rate(results, task) for task in study.tasks.all},
-        **validate(study, model, data),
+        **validate(model, data, study.training.sequence_length, study.training.batch_size),
     }
-    write_text(run.measured_file, json.dumps(measured, indent=1) + "\n")
-
-
-def item_scores(results: Mapping[str, Any], task: str) -> dict[str, float]:
-    """The task's first metric of every item, by number and hash of the document."""
-    metric = results["configs"][task]["metric_list"][0]["metric"]
-    return {f"{sample['doc_id']}/{sample['doc_hash']}": float(sample[metric]) for sample in results["samples"][task]}
-
-
-def guess_rate(results: Mapping[str, Any], task: str) -> float | None:
-    """Score of choosing at random; ``None`` where there is nothing to choose from."""
-    if results["configs"][task]["output_type"] != "multiple_choice":
-        return None
-    samples = results["samples"][task]
-    return sum(1 / len(sample["filtered_resps"]) for sample in samples) / len(samples)
-
-
-def validate(study: Study, model: Any, data: Path) -> dict[str, Any]:
-    """Mean loss (nats a token) over the validation split, and each MoE layer's share of assignments by expert."""
-    import torch
-
-    from zoo.moe.stats import expert_counts, expert_load
-    from zoo.training.data import TokenDataModule
-    from zoo.training.data.packing import PADDING_DOCUMENT
-    from zoo.training.loss import next_token_nll
-
-    module = TokenDataModule(data, study.training.sequence_length, study.training.batch_size)
-    total, labels, counts = 0.0, 0, []
-    with torch.inference_mode():
-        loader: Any = module.val_dataloader()
-        for batch in loader:
-            output = model(batch["input_ids"], document_ids=batch["document_ids"])
-            nll, number = next_token_nll(output.logits, batch["labels"])
-            total, labels = total + float(nll), labels + int(number)
-            tokens = batch["document_ids"] != PADDING_DOCUMENT
-            counts.append([expert_counts(r, tokens) for r in output.router_outputs])
-    layers = [torch.stack(layer).sum(dim=0) for layer in zip(*counts, strict=True)]
-    return {"validation_loss": total / labels, "expert_load": [expert_load(layer).tolist() for layer in layers]}
+    if last and model.config.moe is not None:
+        measured["task_load"] = {task: task_load(results, task, model, tokenizer) for task in study.tasks.all}
+    path = run.measured_file(step)
+    path.parent.mkdir(exist_ok=True)
+    write_text(path, json.dumps(measured, indent=1) + "\n")

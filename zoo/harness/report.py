@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -11,35 +12,82 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from zoo.cli.text import binary, short
-from zoo.files import write_text
-from zoo.harness import plots
+from zoo.files import replacing, write_text
 from zoo.harness.headline import interval, percent, points
+from zoo.harness.plots import Plot, plots
+from zoo.harness.views import AXES, Axis
 
 Table = tuple[str, list[str], list[list[str]]]
 """Title, header, rows. The first column is text, the others are numbers."""
 
-READING = (
-    "Intervals are 95% bootstrap intervals over the evaluation items; differences are paired by item and are "
-    "sparse minus dense. They speak about other items of the same kind, not about other training runs: only several "
-    "seeds show those. p is the probability of so many right answers by guessing (exact one-sided binomial test). A "
-    "score of 0% or 100% has an interval of no width; a true rate up to 3 ÷ items away is still compatible with it."
+SKILLS = ("knowledge", "comprehension")
+
+SCHEMA = Path(__file__).with_name("report.schema.json")
+"""JSON Schema (2020-12) of ``report.json``."""
+
+_OF_ITEMS = (
+    "Intervals are 95% bootstrap intervals over the evaluation items. They speak about other items of the same kind, "
+    "not about other training runs: only several seeds show those."
 )
+
+_OF_SEEDS = (
+    "Intervals are 95% bootstrap intervals over the evaluation items and {seeds} training seeds (Student's t on "
+    "{freedom} degrees of freedom). They speak about other items and other training runs of the same kind."
+)
+
+_READING = (
+    "Differences are paired by item and seed, and are sparse minus dense. p is the probability of so many right "
+    "answers by guessing (exact one-sided binomial test, of several seeds the worst); guessing is the better of random "
+    "choices and the one answer that is right most often. A task is at chance where that p, corrected by Holm for the "
+    "number of tasks, is above 0.05; where both models are, their difference is not ranked. McNemar's exact test "
+    "speaks about the trained models, not about other runs; its p is corrected by Holm as well. A score of 0% or 100% "
+    "has an interval of no width; a true rate up to 3 ÷ items away is still compatible with it."
+)
+
+
+def reading(report: Mapping[str, Any]) -> str:
+    """How the numbers are to be read."""
+    seeds = len(report["config"]["seeds"])
+    return f"{_OF_SEEDS.format(seeds=seeds, freedom=seeds - 1) if seeds > 1 else _OF_ITEMS} {_READING}"
 
 
 def write_report(report: Mapping[str, Any], out: Path) -> list[Path]:
     """Write ``report.md``, ``report.html`` and ``report.json`` into ``out``; returns their paths.
 
+    Every figure is also written as PNG and CSV, into ``figures``.
+
     Args:
         report: of ``summarise``.
     """
+    drawn = plots(report)
+    (out / "figures").mkdir(exist_ok=True)
+    for plot in drawn:
+        write_text(out / "figures" / f"{plot.name}.csv", plot.csv())
+        with replacing(out / "figures" / f"{plot.name}.png") as file:
+            file.write(plot.png)
     contents = {
         "report.md": markdown(report),
-        "report.html": html(report),
-        "report.json": json.dumps(report, indent=1) + "\n",
+        "report.html": html(report, drawn),
+        "report.json": json.dumps(report, indent=1, allow_nan=False) + "\n",
     }
     for name, text in contents.items():
         write_text(out / name, text)
     return [out / name for name in contents]
+
+
+def without_times(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The report without what a clock, the memory or the machine decides: equal for two runs of one study."""
+    result: dict[str, Any] = json.loads(json.dumps(report))
+    for key in ("date", "command", "machine", "platform", "git"):
+        del result[key]
+    for model in result["models"]:
+        for key in ("wall_seconds", "peak_memory_bytes", "threads"):
+            del model[key]
+        for point in model["checkpoints"]:
+            del point["seconds"]
+    for comparison in result["comparisons"]:
+        comparison["views"].pop("seconds", None)
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -50,7 +98,8 @@ def write_report(report: Mapping[str, Any], out: Path) -> list[Path]:
 def tables(report: Mapping[str, Any]) -> list[Table]:
     """Everything that the report shows as numbers."""
     loads = [_load(model) for model in report["models"] if model["expert_load"]]
-    return [_skills(report), _differences(report), _tasks(report), _sizes(report), _costs(report), *loads]
+    by_task = [_task_differences(comparison, report["tasks"]) for comparison in report["comparisons"]]
+    return [_skills(report), _differences(report), _tasks(report), *by_task, _sizes(report), _costs(report), *loads]
 
 
 def _skills(report: Mapping[str, Any]) -> Table:
@@ -58,45 +107,74 @@ def _skills(report: Mapping[str, Any]) -> Table:
     rows = []
     for model in report["models"]:
         cells = [model["name"]]
-        for skill in ("knowledge", "comprehension"):
+        for skill in SKILLS:
             score = model["scores"][skill]
             cells += [_scored(score), _p_value(score["p_value"])]
         rows.append([*cells, f"{model['perplexity']:.3f}"])
-    guesses = [report["models"][0]["scores"][skill]["guess"] for skill in ("knowledge", "comprehension")]
-    shown = ["–" if guess is None else percent(guess) for guess in guesses]
-    rows.append(["guessing", shown[0], "", shown[1], "", ""])
+    guesses = [percent(report["models"][0]["scores"][skill]["guess"]) for skill in SKILLS]
+    rows.append(["guessing", guesses[0], "", guesses[1], "", ""])
     return "Scores", header, rows
 
 
 def _differences(report: Mapping[str, Any]) -> Table:
-    header = ["sparse − dense, points", "matched by", "knowledge", "comprehension", "ratio of relative gains"]
+    """One row for each comparison and view."""
+    header = [
+        "sparse − dense, points",
+        "matched by",
+        "at equal",
+        "knowledge",
+        "comprehension",
+        "ratio of relative gains",
+    ]
     rows = []
     for comparison in report["comparisons"]:
-        cells = [f"{comparison['sparse']} − {comparison['dense']}", comparison["matched_by"]]
-        for skill in ("knowledge", "comprehension"):
-            difference = comparison["scores"][skill]["difference"]
-            cells.append(f"{points(difference['value'])} ({interval(difference)})")
-        ratio = comparison["gain_ratio"]
-        known = ratio and f"{ratio['value']:.1f} ({ratio['low']:.1f} to {ratio['high']:.1f})"
-        cells.append(known or "not determined")
-        rows.append(cells)
+        for axis, view in comparison["views"].items():
+            pair = f"{comparison['sparse']} − {comparison['dense']}"
+            cells = [pair, comparison["matched_by"], f"{AXES[axis]}: {_at(axis, view['at'])}"]
+            if view["scores"] is None:
+                rows.append([*cells, "passed before", "the first checkpoint", "not determined"])
+                continue
+            cells += [_signed(view["scores"][skill]["difference"]) for skill in SKILLS]
+            ratio = view["gain_ratio"]
+            known = ratio and f"{ratio['value']:.1f} ({ratio['low']:.1f} to {ratio['high']:.1f})"
+            rows.append([*cells, known or "not determined"])
     return "Sparse against dense", header, rows
+
+
+def _at(axis: Axis, value: float) -> str:
+    if axis == "loss":
+        return f"{math.exp(value):.3f}"
+    return f"{value:,.0f} s" if axis == "seconds" else short(value)
+
+
+def _signed(difference: Mapping[str, float]) -> str:
+    return f"{points(difference['value'])} ({interval(difference)})"
 
 
 def _tasks(report: Mapping[str, Any]) -> Table:
     names = list(dict.fromkeys(task for tasks in report["tasks"].values() for task in tasks))
     first = report["models"][0]["scores"]
     header = ["task", "items", "guessing", *(model["name"] for model in report["models"])]
-    rows = [
-        [
-            name,
-            f"{first[name]['items']:,}",
-            "–" if first[name]["guess"] is None else percent(first[name]["guess"]),
-            *(_scored(model["scores"][name]) for model in report["models"]),
-        ]
-        for name in names
-    ]
+    rows = []
+    for name in names:
+        scores = [model["scores"][name] for model in report["models"]]
+        cells = [_scored(score) + (" at chance" if score["at_chance"] else "") for score in scores]
+        rows.append([name, f"{first[name]['items']:,}", percent(first[name]["guess"]), *cells])
     return "Scores by task", header, rows
+
+
+def _task_differences(comparison: Mapping[str, Any], tasks: Mapping[str, Sequence[str]]) -> Table:
+    header = ["task", "skill", "sparse − dense, points", "McNemar p", "Holm p"]
+    scores = comparison["views"]["tokens"]["scores"]
+    rows = []
+    for skill, members in tasks.items():
+        for task in members:
+            test = comparison["mcnemar"].get(task)
+            cells = [task, skill, _signed(scores[task]["difference"])]
+            if task in comparison["at_chance"]:
+                cells[2] = "both at chance: not ranked"
+            rows.append([*cells, *(_p_value(test and test[key]) for key in ("p_value", "p_holm"))])
+    return f"By task: {comparison['sparse']} − {comparison['dense']}, at equal tokens", header, rows
 
 
 def _sizes(report: Mapping[str, Any]) -> Table:
@@ -172,7 +250,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     for title, header, rows in tables(report):
         if rows:
             lines += [f"## {title}", "", *_markdown_table(header, rows), ""]
-    lines += ["## How to read this", "", READING, "", "## How it was made", ""]
+    lines += ["## How to read this", "", reading(report), "", "## How it was made", ""]
     lines += [f"- {name}: {value}" for name, value in provenance(report)]
     return "\n".join([*lines, "", "```yaml", _yaml(report), "```", ""])
 
@@ -185,14 +263,8 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def html(report: Mapping[str, Any]) -> str:
+def html(report: Mapping[str, Any], drawn: Sequence[Plot]) -> str:
     """One page that needs no other file, from 400 to 1400 pixels wide."""
-    figures = [("Scores", plots.scores(report)), ("Loss", plots.curves(report))]
-    figures += [
-        (f"Expert load of {model['name']}, validation text", plots.expert_load(model))
-        for model in report["models"]
-        if model["expert_load"]
-    ]
     title = escape(f"{report['study']}: sparse against dense")
     return "\n".join(
         [
@@ -203,10 +275,10 @@ def html(report: Mapping[str, Any]) -> str:
             f"<h1>{title}</h1>",
             "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in report["headline"]) + "</ul>",
             '<div class="figures">',
-            *(f"<figure><figcaption>{escape(name)}</figcaption>{svg}</figure>" for name, svg in figures),
+            *(f"<figure><figcaption>{escape(plot.title)}</figcaption>{plot.svg}</figure>" for plot in drawn),
             "</div>",
             *(_html_table(table) for table in tables(report) if table[2]),
-            f"<h2>How to read this</h2><p>{escape(READING)}</p>",
+            f"<h2>How to read this</h2><p>{escape(reading(report))}</p>",
             "<h2>How it was made</h2><dl>",
             *(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in provenance(report)),
             f"</dl><details><summary>The study</summary><pre>{escape(_yaml(report))}</pre></details>",

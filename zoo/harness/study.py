@@ -52,20 +52,30 @@ class TrainingConfig:
     """Sequences in a step."""
     sequence_length: int
     """Tokens in a sequence."""
+    checkpoints: int = 1
+    """How many are evaluated, evenly over the steps, the last at their end. Views at equal perplexity, FLOPs and time
+    need several."""
     fit: dict[str, Any] = field(default_factory=dict)
     """Further keys of ``zoo fit``, nested, for every model."""
     balance: dict[str, float] = field(default_factory=dict)
     """Keys of ``zoo fit``'s ``model`` that only models with experts take, such as ``load_balance_coef``."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "sequence_length"):
+        for name in ("steps", "batch_size", "sequence_length", "checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: give a positive number")
+        if self.checkpoints > self.steps:
+            raise ValueError(f"checkpoints = {self.checkpoints}: give at most one for each of the {self.steps} steps")
 
     @property
     def tokens(self) -> int:
         """Tokens that each model is trained on, repetitions counted."""
         return self.steps * self.batch_size * self.sequence_length
+
+    @property
+    def evaluated_steps(self) -> tuple[int, ...]:
+        """Optimizer steps after which a model is evaluated; the last one is the last of the training."""
+        return tuple(round(self.steps * i / self.checkpoints) for i in range(1, self.checkpoints + 1))
 
 
 @dataclass(frozen=True, kw_only=True)

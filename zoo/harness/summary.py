@@ -20,19 +20,20 @@ from zoo.config import to_dict
 from zoo.harness.compare import Run
 from zoo.harness.facts import guess_rates
 from zoo.harness.headline import sentences
-from zoo.harness.significance import chance_p_value
-from zoo.harness.statistics import Array, Bootstrap, Estimate, align, bootstrap, gain_ratio
+from zoo.harness.significance import SIGNIFICANCE, chance_p_value, combine, holm, is_accuracy, mcnemar_p_value
+from zoo.harness.statistics import Array, align, bootstrap
 from zoo.harness.study import Model, Study
+from zoo.harness.views import AXES, Axis, Points, contrast
 from zoo.training.run import environment
 
 SKILLS = ("knowledge", "comprehension")
 
-Scores = dict[str, list[Array]]
-"""By task: one array [N items, M models] for each seed."""
+Measured = Mapping[tuple[str, int, int], Mapping[str, Any]]
+"""By model, seed and optimizer step: what ``zoo.harness.compare`` wrote."""
 
 
 def summarise(study: Study, runs: Sequence[Run], out: Path, command: str) -> dict[str, Any]:
-    """Everything that the report says, as plain data.
+    """Everything that the report says, as plain data: that of ``report.schema.json``.
 
     Args:
         runs: all of them finished.
@@ -40,19 +41,16 @@ def summarise(study: Study, runs: Sequence[Run], out: Path, command: str) -> dic
         command: as the user gave it.
     """
     models = list({run.model.name: run.model for run in runs}.values())
-    measured = {(run.model.name, run.seed): json.loads(run.measured_file.read_text(encoding="utf-8")) for run in runs}
-    scores = {
-        task: [align([measured[model.name, seed]["scores"][task] for model in models]) for seed in study.seeds]
-        for task in study.tasks.all
+    measured = {
+        (run.model.name, run.seed, step): json.loads(run.measured_file(step).read_text(encoding="utf-8"))
+        for run in runs
+        for step in study.training.evaluated_steps
     }
-    guesses = next(iter(measured.values()))["guess"]
+    points = _points(study, runs, models, measured)
+    guesses = dict(next(iter(measured.values()))["guess"])
     if study.data.facts is not None:
         guesses |= {task: rate for task, rate in guess_rates(out / "facts").items() if task in guesses}
-    boots = {skill: _bootstrap(scores, getattr(study.tasks, skill), seed) for seed, skill in enumerate(SKILLS)}
-    by_task = {task: _bootstrap(scores, [task]) for task in study.tasks.all}
-    comparisons = [
-        _comparison(study, models, number, boots, by_task) for number, model in enumerate(models) if model.twin
-    ]
+    skills = {skill: list(getattr(study.tasks, skill)) for skill in SKILLS}
     report: dict[str, Any] = {
         "study": study.name,
         "command": command,
@@ -61,50 +59,86 @@ def summarise(study: Study, runs: Sequence[Run], out: Path, command: str) -> dic
         **environment(),
         "config": to_dict(study),
         "tokens": study.training.tokens,
-        "tasks": {skill: list(getattr(study.tasks, skill)) for skill in SKILLS},
+        "tasks": skills,
         "models": [
-            _model(study, model, [run for run in runs if run.model.name == model.name])
+            _model(study, model, [run for run in runs if run.model.name == model.name], measured)
             | {
-                "scores": {
-                    name: _score(scores, tasks, guesses, boot, number)
-                    for name, tasks, boot in [
-                        *((skill, getattr(study.tasks, skill), boots[skill]) for skill in SKILLS),
-                        *((task, [task], by_task[task]) for task in study.tasks.all),
-                    ]
-                }
+                "scores": model_scores(
+                    {task: y[..., -1] for task, y in points[model.name].scores.items()}, skills, guesses
+                )
             }
-            for number, model in enumerate(models)
+            for model in models
         ],
-        "comparisons": comparisons,
     }
+    by_name = {model["name"]: model for model in report["models"]}
+    report["comparisons"] = [_comparison(model, by_name, points, skills) for model in models if model.twin]
     return report | {"headline": sentences(report)}
 
 
-def _bootstrap(scores: Scores, tasks: Sequence[str], seed: int = 0) -> Bootstrap:
-    """Over items and training seeds; ``seed`` is that of the resampling of items."""
-    return bootstrap([np.stack(scores[task]) for task in tasks], seed=seed)
-
-
-def _score(
-    scores: Scores, tasks: Sequence[str], guesses: Mapping[str, float | None], boot: Bootstrap, model: int
-) -> dict[str, Any]:
-    """Score with its interval, guess rate, and the test against guessing; of several seeds the worst counts."""
-    items = [len(scores[task][0]) for task in tasks]
-    result: dict[str, Any] = {**asdict(boot.score(model)), "items": sum(items), "guess": None, "p_value": None}
-    rates = [guesses[task] for task in tasks]
-    if all(rate is not None for rate in rates):
-        chance = float(np.average([rate for rate in rates if rate is not None], weights=items))
-        seeds = range(len(scores[tasks[0]]))
-        correct = [sum(float(scores[task][seed][:, model].sum()) for task in tasks) for seed in seeds]
-        result |= {"guess": chance, "p_value": max(chance_p_value(round(c), sum(items), chance) for c in correct)}
+def _points(study: Study, runs: Sequence[Run], models: Sequence[Model], measured: Measured) -> dict[str, Points]:
+    """The checkpoints of every model, items in one order for all models, seeds and steps."""
+    steps, seeds = study.training.evaluated_steps, study.seeds
+    keys = [(model.name, seed, step) for model in models for seed in seeds for step in steps]
+    shape = (len(models), len(seeds), len(steps))
+    scores = {
+        task: np.moveaxis(align([measured[key]["scores"][task] for key in keys]).T.reshape(*shape, -1), 3, 2)
+        for task in study.tasks.all
+    }
+    losses = np.array([measured[key]["validation_loss"] for key in keys]).reshape(shape)
+    tokens = np.array(steps) * study.training.tokens / study.training.steps
+    result = {}
+    for number, model in enumerate(models):
+        flops = training_flops(model.spec.model, study.training.sequence_length) * tokens
+        axes: dict[Axis, Array] = {"loss": losses[number]}
+        axes |= {"tokens": np.tile(tokens, (len(seeds), 1)), "flops": np.tile(flops, (len(seeds), 1))}
+        seconds = [[run.seconds(step) for step in steps] for run in runs if run.model.name == model.name]
+        if all(value is not None for run in seconds for value in run):
+            axes["seconds"] = np.array(seconds, dtype=np.float64)
+        result[model.name] = Points(axes, {task: table[number] for task, table in scores.items()})
     return result
 
 
-def _model(study: Study, model: Model, runs: Sequence[Run]) -> dict[str, Any]:
+def model_scores(
+    scores: Mapping[str, Array], skills: Mapping[str, Sequence[str]], guesses: Mapping[str, float]
+) -> dict[str, dict[str, Any]]:
+    """Scores of one model by skill and task, with intervals and tests against guessing.
+
+    Args:
+        scores: [S, N] by task.
+        guesses: what guessing reaches, by task.
+    """
+    boots = {skill: (tasks, seed) for seed, (skill, tasks) in enumerate(skills.items())}
+    groups = {**boots, **{task: ([task], 0) for task in scores}}
+    result = {}
+    for name, (tasks, seed) in groups.items():
+        tables = [scores[task] for task in tasks]
+        estimate = bootstrap([table[..., None] for table in tables], seed=seed).score(0)
+        result[name] = {**asdict(estimate), **_against_guessing(tables, [guesses[task] for task in tasks])}
+    tested = {task: result[task]["p_value"] for task in scores if result[task]["p_value"] is not None}
+    adjusted = holm(tested)
+    for task in scores:
+        result[task]["p_holm"] = adjusted.get(task)
+        result[task]["at_chance"] = None if task not in adjusted else adjusted[task] > SIGNIFICANCE
+    return result
+
+
+def _against_guessing(tables: Sequence[Array], rates: Sequence[float]) -> dict[str, Any]:
+    """Items, guess rate, and the exact test where answers are right or wrong; of several seeds the worst counts."""
+    items = [table.shape[1] for table in tables]
+    chance = float(np.average(rates, weights=items))
+    p_value = None
+    if all(is_accuracy(table) for table in tables):
+        correct = np.sum([table.sum(axis=1) for table in tables], axis=0)
+        p_value = max(chance_p_value(round(float(right)), sum(items), chance) for right in correct)
+    return {"items": sum(items), "guess": chance, "p_value": p_value}
+
+
+def _model(study: Study, model: Model, runs: Sequence[Run], measured: Measured) -> dict[str, Any]:
     """Sizes, costs and curves of one model; losses and loads are means over its seeds."""
-    measured = [json.loads(run.measured_file.read_text(encoding="utf-8")) for run in runs]
     parameters = count_parameters(model.spec.model)
-    loss = float(np.mean([m["validation_loss"] for m in measured]))
+    flops = training_flops(model.spec.model, study.training.sequence_length)
+    last = [measured[model.name, run.seed, study.training.steps] for run in runs]
+    loss = float(np.mean([m["validation_loss"] for m in last]))
     costs = [run.costs() for run in runs]
     return {
         "name": model.name,
@@ -114,42 +148,75 @@ def _model(study: Study, model: Model, runs: Sequence[Run]) -> dict[str, Any]:
         "config": to_dict(model.spec.model),
         "total_parameters": parameters.total,
         "active_parameters": parameters.active,
-        "training_flops_per_token": training_flops(model.spec.model, study.training.sequence_length),
+        "training_flops_per_token": flops,
         "validation_loss": loss,
         "perplexity": math.exp(loss),
-        "expert_load": np.mean([m["expert_load"] for m in measured], axis=0).tolist(),
+        "expert_load": np.mean([m["expert_load"] for m in last], axis=0).tolist(),
+        "task_load": {
+            task: np.mean([m["task_load"][task] for m in last], axis=0).tolist()
+            for task in last[0].get("task_load", {})
+        },
         "wall_seconds": float(np.mean([sum(start["wall_seconds"] for start in run) for run in costs])) or None,
         "peak_memory_bytes": max((start["peak_memory_bytes"] for run in costs for start in run), default=0) or None,
         "threads": max((start["threads"] for run in costs for start in run), default=0) or None,
         "curves": [{"seed": run.seed, **read_curve(run.fit_directory / "metrics.csv")} for run in runs],
+        "checkpoints": [
+            {
+                "seed": run.seed,
+                "step": step,
+                "tokens": step * study.training.tokens // study.training.steps,
+                "flops": step * study.training.tokens // study.training.steps * flops,
+                "seconds": run.seconds(step),
+                "loss": measured[model.name, run.seed, step]["validation_loss"],
+                "scores": _means(study, measured[model.name, run.seed, step]["scores"]),
+            }
+            for run in runs
+            for step in study.training.evaluated_steps
+        ],
     }
+
+
+def _means(study: Study, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Of one checkpoint, by skill and task."""
+    tasks = {task: float(np.mean(list(items.values()))) for task, items in scores.items()}
+    return {skill: float(np.mean([tasks[task] for task in getattr(study.tasks, skill)])) for skill in SKILLS} | tasks
 
 
 def _comparison(
-    study: Study, models: Sequence[Model], number: int, boots: Mapping[str, Bootstrap], by_task: Mapping[str, Bootstrap]
+    dense: Model, models: Mapping[str, Mapping[str, Any]], points: Mapping[str, Points], skills: Mapping[str, list[str]]
 ) -> dict[str, Any]:
-    """A sparse model against dense twin ``number``: differences are sparse minus dense."""
-    twin = models[number].twin
-    assert twin is not None
-    sparse = [model.name for model in models].index(twin.of)
-    differences = {
-        name: {
-            "difference": asdict(boot.difference(sparse, number)),
-            "relative_gain": _plain(boot.relative_gain(sparse, number)),
-        }
-        for name, boot in {**boots, **by_task}.items()
-    }
+    """A sparse model against a dense twin: differences are sparse minus dense."""
+    assert dense.twin is not None
+    first, second = points[dense.twin.of], points[dense.name]
+    several = first.axes["loss"].shape[1] > 1
+    axes: list[Axis] = [axis for axis in AXES if axis in first.axes and axis in second.axes] if several else ["tokens"]
+    at_chance = [
+        task
+        for task in first.scores
+        if models[dense.twin.of]["scores"][task]["at_chance"] and models[dense.name]["scores"][task]["at_chance"]
+    ]
     return {
-        "sparse": twin.of,
-        "dense": models[number].name,
-        "matched_by": twin.by,
-        "scores": differences,
-        "gain_ratio": _plain(gain_ratio(boots["knowledge"], boots["comprehension"], sparse, number)),
+        "sparse": dense.twin.of,
+        "dense": dense.name,
+        "matched_by": dense.twin.by,
+        "views": {axis: contrast(first, second, axis, skills) for axis in axes},
+        "mcnemar": mcnemar(
+            {task: (first.scores[task][..., -1], second.scores[task][..., -1]) for task in first.scores}
+        ),
+        "at_chance": at_chance,
     }
 
 
-def _plain(estimate: Estimate | None) -> dict[str, float] | None:
-    return None if estimate is None else asdict(estimate)
+def mcnemar(pairs: Mapping[str, tuple[Array, Array]]) -> dict[str, dict[str, Any]]:
+    """Tests of two models' accuracies [S, N] by task: of each seed, of all, and of all corrected for the tasks."""
+    by_seed = {
+        task: [mcnemar_p_value(*seed) for seed in zip(first, second, strict=True)]
+        for task, (first, second) in pairs.items()
+        if is_accuracy(first) and is_accuracy(second)
+    }
+    combined = {task: combine(p_values) for task, p_values in by_seed.items()}
+    adjusted = holm(combined)
+    return {task: {"by_seed": by_seed[task], "p_value": combined[task], "p_holm": adjusted[task]} for task in by_seed}
 
 
 def read_curve(path: Path) -> dict[str, list[list[float]]]:

@@ -1,0 +1,79 @@
+"""What is measured of a trained model: scores of every item, validation loss, expert load."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zoo.moe.stats import expert_counts, expert_load
+from zoo.tokenizer import Tokenizer
+from zoo.training.data import TokenDataModule
+from zoo.training.data.packing import PADDING_DOCUMENT
+from zoo.training.module import next_token_nll
+
+if TYPE_CHECKING:
+    from zoo.model import Decoder
+
+LOAD_ITEMS = 64
+"""Items of each task whose requests show which experts fire for it."""
+
+
+def item_scores(results: Mapping[str, Any], task: str) -> dict[str, float]:
+    """The task's first metric of every item, by number and hash of the document.
+
+    Raises:
+        ValueError: ``task`` is a group, or that metric is no number for an item.
+    """
+    if task not in results["samples"]:
+        raise ValueError(f"task {task!r}: it has no items of its own; name the tasks of the group instead")
+    metric = results["configs"][task]["metric_list"][0]["metric"]
+    samples = results["samples"][task]
+    if not isinstance(samples[0][metric], int | float):
+        raise ValueError(f"task {task!r}: its first metric, {metric!r}, has no score for each item")
+    return {f"{sample['doc_id']}/{sample['doc_hash']}": float(sample[metric]) for sample in samples}
+
+
+def guess_rate(results: Mapping[str, Any], task: str) -> float:
+    """Score without understanding: of random choices, or of the one answer that is right most often if that is more."""
+    samples = results["samples"][task]
+    constant = Counter(str(sample["target"]) for sample in samples).most_common(1)[0][1] / len(samples)
+    if results["configs"][task]["output_type"] != "multiple_choice":
+        return constant
+    return max(constant, sum(1 / len(sample["filtered_resps"]) for sample in samples) / len(samples))
+
+
+def task_load(results: Mapping[str, Any], task: str, model: Decoder, tokenizer: Tokenizer) -> list[list[float]]:
+    """[MoE layers][E], each layer's share of assignments by expert on the first requests of ``task``."""
+    counts = []
+    with torch.inference_mode():
+        for sample in results["samples"][task][:LOAD_ITEMS]:
+            text = "".join(part for part in sample["arguments"][0] if isinstance(part, str))
+            tokens = tokenizer.encode(text, bos=tokenizer.add_bos)[: model.config.max_position_embeddings]
+            counts.append([expert_counts(r) for r in model(torch.tensor([tokens])).router_outputs])
+    return [expert_load(torch.stack(layer).sum(dim=0)).tolist() for layer in zip(*counts, strict=True)]
+
+
+def validate(model: Decoder, data: Path, sequence_length: int, batch_size: int) -> dict[str, Any]:
+    """Mean loss (nats a token) over the validation split, and each MoE layer's share of assignments by expert.
+
+    Args:
+        data: token data as ``zoo data build`` makes it.
+        sequence_length: tokens.
+        batch_size: sequences in one forward.
+    """
+    module = TokenDataModule(data, sequence_length, batch_size)
+    total, labels, counts = 0.0, 0, []
+    with torch.inference_mode():
+        loader: Any = module.val_dataloader()
+        for batch in loader:
+            output = model(batch["input_ids"], document_ids=batch["document_ids"])
+            nll, number = next_token_nll(output.logits, batch["labels"])
+            total, labels = total + float(nll), labels + int(number)
+            tokens = batch["document_ids"] != PADDING_DOCUMENT
+            counts.append([expert_counts(r, tokens) for r in output.router_outputs])
+    layers = [torch.stack(layer).sum(dim=0) for layer in zip(*counts, strict=True)]
+    return {"validation_loss": total / labels, "expert_load": [expert_load(layer).tolist() for layer in layers]}
