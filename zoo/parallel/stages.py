@@ -111,10 +111,10 @@ def forward_stage(
         x, routing = block(x, layout, rotary, None)
         if routing is not None:
             outputs.append(routing)
-    if hasattr(stage, "norm"):
-        x = stage.logits(stage.norm(x))
     loss = router_loss(outputs, {"labels": labels, **others}) if outputs else None
-    return x if loss is None else _WithLoss.apply(x, loss)
+    if loss is not None:
+        x = _WithLoss.apply(x, loss)
+    return stage.logits(stage.norm(x)) if hasattr(stage, "norm") else x
 
 
 class _WithLoss(torch.autograd.Function):
@@ -123,7 +123,7 @@ class _WithLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
         ctx.one = torch.ones_like(loss)
-        return x.view_as(x)
+        return x.clone()  # FSDP warns of results that are views
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
