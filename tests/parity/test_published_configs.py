@@ -410,6 +410,15 @@ _GPT_OSS = {
     "num_local_experts": 32,
     "output_router_logits": False,
     "pad_token_id": 199999,
+    "quantization_config": {
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+        "quant_method": "mxfp4",
+    },
     "rms_norm_eps": 1e-05,
     "rope_scaling": {
         "beta_fast": 32.0,
@@ -428,8 +437,6 @@ _GPT_OSS = {
     "use_cache": True,
     "vocab_size": 201088,
 }
-"""Without its ``quantization_config``: the experts of the published file are in MXFP4."""
-
 _DBRX = {
     "architectures": ["DbrxForCausalLM"],
     "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "model_type": "", "rope_theta": 500000},

@@ -16,6 +16,8 @@ Layout = Literal["per_expert", "fused"]
 transformers 5 holds them in memory."""
 
 
+Quantization = Literal["mxfp4"]
+
 ROTARY_BUFFERS: tuple[str, ...] = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 """Frequencies that old checkpoints stored; they follow from the config."""
 
@@ -36,6 +38,8 @@ class Family:
     read: Callable[[Fields], ModelConfig]
     write: Callable[[ModelConfig], dict[str, Any]]
     map_weights: Callable[[ModelConfig, Layout], list[Op]]
+    quantizations: tuple[Quantization, ...] = ()
+    """Ways in which its weights are published besides bf16, fp16 and fp32; they are undone while reading."""
     ignored: Callable[[Mapping[str, Any]], tuple[str, ...]] = field(default=lambda hf: ROTARY_BUFFERS)
     """config.json → regular expressions of tensors that are left out on purpose, and nothing else is."""
 
@@ -45,12 +49,13 @@ class Family:
         Raises:
             ValueError: a field is missing, unknown, or asks for maths that the zoo's blocks do not have.
         """
-        if hf.get("quantization_config") is not None:
+        if quantization(hf, where) not in (None, *self.quantizations):
             raise ValueError(
                 f"{where}: quantization_config = {hf['quantization_config']!r} is not supported; "
                 "use the bf16, fp16 or fp32 weights"
             )
         fields = Fields(hf, where)
+        fields.skip("quantization_config")
         try:
             config = self.read(fields)
         except ValueError as error:
@@ -77,6 +82,21 @@ class Family:
     def weight_map(self, config: ModelConfig, layout: Layout = "per_expert") -> list[Op]:
         """Operations that use every published tensor once and fill every parameter once."""
         return self.map_weights(config, layout)
+
+
+def quantization(hf: Mapping[str, Any], where: str = "config.json") -> str | None:
+    """``quant_method`` of a published config.json, None where the weights are not quantised.
+
+    Raises:
+        ValueError: its ``quantization_config`` does not say.
+    """
+    section = hf.get("quantization_config")
+    if section is None:
+        return None
+    method = section.get("quant_method") if isinstance(section, Mapping) else None
+    if not isinstance(method, str):
+        raise ValueError(f"{where}: quantization_config = {section!r} has no quant_method; give the published file")
+    return method
 
 
 def _first_difference(ours: Any, theirs: Any, where: str = "") -> str:

@@ -89,4 +89,5 @@ FAMILY = Family(
     read=_read,
     write=_write,
     map_weights=_map_weights,
+    quantizations=("mxfp4",),
 )

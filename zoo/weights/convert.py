@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.config import CONFIG_FILE, ModelConfig, ModelSpec, load_spec, save_spec
 from zoo.families import exporting_family
+from zoo.families.base import quantization
 from zoo.registry import published_spec, read_json
 from zoo.weights.hub import download, is_hub_id
+from zoo.weights.mxfp4 import Mxfp4Source
 from zoo.weights.ops import Op, Region, Shape, source_shapes
 from zoo.weights.source import TensorSource, check_copy, check_tensors, refuse_pickle
 from zoo.weights.target import MAX_SHARD_BYTES, copy_tokenizer, new_directory, write_tensors
@@ -194,8 +196,9 @@ def open_published(directory: Path) -> Iterator[tuple[ModelSpec, Stream]]:
     """The model in a published directory and its tensors under our names, checked but not read yet."""
     spec = published_spec(directory)
     family = exporting_family(spec)
-    ignored = family.ignored(read_json(directory / "config.json"))
-    with TensorSource(directory) as source:
+    hf = read_json(directory / "config.json")
+    ignored = family.ignored(hf)
+    with (Mxfp4Source if quantization(hf) == "mxfp4" else TensorSource)(directory) as source:
         fused = any(name.endswith(".experts.gate_up_proj") for name in source.entries)
         ops = family.weight_map(spec.model, "fused" if fused else "per_expert")
         expected = source_shapes(ops, parameter_shapes(spec.model))

@@ -68,16 +68,15 @@ class TensorSource:
 
     def read(self, name: str) -> Tensor:
         """The tensor ``name``, on the CPU in the dtype that it is stored in."""
-        tensor: Tensor = self._file_of(name).get_tensor(name)
+        tensor: Tensor = self._file(self.entries[name].path).get_tensor(name)
         return tensor
 
     def read_region(self, name: str, region: Region) -> Tensor:
         """A box of the tensor ``name``; nothing else of it is read."""
-        tensor: Tensor = self._file_of(name).get_slice(name)[region]
+        tensor: Tensor = self._file(self.entries[name].path).get_slice(name)[region]
         return tensor
 
-    def _file_of(self, name: str) -> Any:
-        path = self.entries[name].path
+    def _file(self, path: Path) -> Any:
         if path != self._open_path:
             self.close()
             self._handle = self._stack.enter_context(_safe_open(path))
