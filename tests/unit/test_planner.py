@@ -436,6 +436,27 @@ def test_a_dense_model_has_layouts() -> None:
     assert {one.layout.plan for one in search(work("llama-3-8b")).fitting} == {"fsdp", "tp_ep_fsdp"}
 
 
+@settings(max_examples=12, deadline=None)
+@given(
+    st.sampled_from([name for name in model_names() if name not in ("deepseek-v3", "deepseek-v2")]),
+    st.integers(0, 13),
+    st.sampled_from([1, 3, 8]),
+    st.sampled_from(list(GPUS.values())),
+)
+def test_no_figure_is_absurd(name: str, power: int, rows: int, gpu: Gpu) -> None:
+    config, gpus = find_spec(name).model, 2**power
+    length = min(4096, config.max_position_embeddings)
+    asked = Workload(config=config, gpu=gpu, gpus=gpus, sequence_length=length, global_batch=rows * gpus)
+    for one in search(asked).fitting:
+        for figures in (one.memory, one.sent, one.between_nodes, one.seconds):
+            assert all(math.isfinite(figure) and figure >= 0 for figure in figures.values()), (one.layout, figures)
+        assert 0 < utilisation(asked, one) <= asked.efficiency
+        assert all(0 <= size <= one.sent[kind] * (1 + 1e-9) for kind, size in one.between_nodes.items())
+        assert one.memory["activations"] > 0 and one.total_memory <= USABLE_MEMORY * gpu.memory
+        assert (one.hops > 0) == (one.layout.sizes.expert > 1)
+        assert one.between_nodes == {} or gpus > gpu.gpus_per_node
+
+
 def test_one_gpu() -> None:
     fitting = search(work("mixtral-tiny", 1, 1, 256)).fitting
     assert fitting and not any(one.sent for one in fitting)

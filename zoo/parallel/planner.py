@@ -2,7 +2,7 @@
 
 Nothing is run, and no GPU or process group is needed. Considered are the plans that come with the zoo in all sizes of
 their meshes, and within each the size of micro-batches, what is recomputed, and whether gathered parameters are freed.
-There is no pipeline parallelism in ``zoo.parallel``, and none is planned.
+Stages of a pipeline (``zoo.parallel.pipeline``) are not.
 """
 
 from __future__ import annotations
