@@ -119,7 +119,7 @@ def test_the_last_checkpoint_loads_wherever_a_rank_was_killed(
         assert stood
         for path in stood:
             assert_loads(path)
-    assert hits > kills // 2, "most kills are to hit a save"
+    assert hits >= kills // 2, f"{hits} of {kills} kills hit a save"
     end = int(re.sub(r"\D", "", complete(tmp_path)[-1].name)) + 2
     pair.run(save_every_step, tmp_path, background, end)
     assert [path.name for path in tmp_path.iterdir()] == [f"step-{end:08d}"]
