@@ -25,7 +25,7 @@ from zoo.files import write_text
 from zoo.training.checkpoint import list_checkpoints
 
 RESUMABLE_CHANGES = (
-    *("data.num_workers", "trainer.max_time", "trainer.enable_progress_bar", "checkpoint."),
+    *("data.num_workers", "model.max_skipped_steps", "trainer.max_time", "trainer.enable_progress_bar", "checkpoint."),
     *("trainer.accelerator", "trainer.strategy", "trainer.devices", "trainer.num_nodes"),
     *("parallel.tensor", "parallel.expert", "parallel.replicate", "parallel.timeout", "parallel.recompute"),
     *("parallel.overlap_shared_experts", "parallel.reshard_after_forward", "parallel.compile_backend"),
