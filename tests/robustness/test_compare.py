@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,6 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+from json_schema import violations
+
+from zoo.harness.report import SCHEMA, without_times
 
 STUDY = """
 name: tiny
@@ -21,8 +25,10 @@ training:
   steps: 4
   batch_size: 2
   sequence_length: 32
+  checkpoints: 2
   fit:
     trainer: {log_every_n_steps: 2, val_check_interval: 2}
+    checkpoint: {every_n_steps: 1}
   balance: {load_balance_coef: 0.01}
 models:
   - name: sparse
@@ -43,7 +49,7 @@ limit: 6
 
 def compare(study: Path, out: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "zoo.cli.main", "compare", str(study), "--out", str(out)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +77,20 @@ def test_a_study_runs_from_its_file_to_its_report(finished: Path) -> None:
     for model in (sparse, dense):
         assert model["perplexity"] > 1 and model["peak_memory_bytes"] > 2**20 and model["wall_seconds"] > 0
         assert model["curves"][0]["train"] and model["curves"][0]["validation"]
-    assert report["comparisons"][0]["matched_by"] == "active"
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    assert list(violations(report, schema, schema)) == []
+    (comparison,) = report["comparisons"]
+    assert comparison["matched_by"] == "active" and list(comparison["views"]) == ["tokens", "loss", "flops", "seconds"]
+    tokens, flops = comparison["views"]["tokens"], comparison["views"]["flops"]
+    assert tokens["at"] == report["tokens"] == 4 * 2 * 32
+    assert flops["at"] == min(model["training_flops_per_token"] for model in (sparse, dense)) * report["tokens"]
+    for model, value in zip((sparse, dense), tokens["scores"]["comprehension"]["values"], strict=True):
+        assert [point["step"] for point in model["checkpoints"]] == [2, 4]
+        half, whole = (point["seconds"] for point in model["checkpoints"])
+        assert 0 < half < whole < model["wall_seconds"]
+        assert value == pytest.approx(model["scores"]["comprehension"]["value"])
+        assert value == pytest.approx(model["checkpoints"][-1]["scores"]["comprehension"])
+    assert list(sparse["task_load"]) == ["facts_knowledge", "facts_boolq", "facts_copa", "facts_rte"]
     # Two models of a size need about the same memory, whatever the study itself held when it started them.
     assert sparse["peak_memory_bytes"] == pytest.approx(dense["peak_memory_bytes"], rel=0.15)
     assert (finished / "report.html").stat().st_size > 10_000 and (finished / "report.md").exists()
@@ -80,8 +99,10 @@ def test_a_study_runs_from_its_file_to_its_report(finished: Path) -> None:
 @pytest.mark.slow
 def test_what_is_finished_is_not_done_again_and_what_is_missing_is(finished: Path, study: Path) -> None:
     kept = [finished / "data" / "train.bin", *finished.glob("models/*/fit/final/model.safetensors")]
-    kept.append(finished / "models" / "sparse-seed0" / "measured.json")
-    missing = finished / "models" / "dense-seed0" / "measured.json"
+    kept += [*finished.glob("models/*/fit/snapshots/*/model.safetensors"), *finished.glob("models/*/measured/*.json")]
+    assert len(kept) == 1 + 2 + 2 + 4
+    missing = finished / "models" / "dense-seed0" / "measured" / "step-00000002.json"
+    kept.remove(missing)
     scores = missing.read_text(encoding="utf-8")
     missing.unlink()
     times = [path.stat().st_mtime_ns for path in kept]
@@ -92,25 +113,31 @@ def test_what_is_finished_is_not_done_again_and_what_is_missing_is(finished: Pat
 
 
 @pytest.mark.slow
-def test_a_study_killed_while_training_goes_on_with_the_same_command(
+@pytest.mark.timeout(1200)
+def test_a_study_killed_three_times_ends_with_the_report_of_one_left_alone(
     study: Path, finished: Path, tmp_path: Path
 ) -> None:
+    """Killed at random moments: after a training began, and anywhere up to the time that the rest takes."""
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "zoo.cli.main", "compare", str(study), "--out", str(out)]
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (out / "models" / "sparse-seed0" / "fit").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (out / "report.json").exists()
+    draw = random.Random(0)
+    for target in ("models/*/fit/checkpoints/*", "models/*/fit/final", "models/*/measured/*"):
+        process = subprocess.Popen(
+            command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 300
+        while not list(out.glob(target)) and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(draw.uniform(0, 1))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    measured = {path: path.stat().st_mtime_ns for path in out.glob("models/*/measured/*.json")}
+    assert measured
     result = compare(study, out)
     assert result.returncode == 0, result.stderr
-    again, before = (
-        json.loads((place / "models" / "sparse-seed0" / "measured.json").read_text(encoding="utf-8"))
-        for place in (out, finished)
-    )
-    assert again == before
+    assert {path: path.stat().st_mtime_ns for path in measured} == measured, "no finished evaluation is repeated"
+    again, before = (json.loads((place / "report.json").read_text(encoding="utf-8")) for place in (out, finished))
+    assert json.dumps(without_times(again)) == json.dumps(without_times(before))
 
 
 @pytest.mark.slow

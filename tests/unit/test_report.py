@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from schema import violations
+from json_schema import violations
 
 from zoo.harness.headline import sentences
 from zoo.harness.report import SCHEMA, markdown, reading, write_report
@@ -83,7 +83,7 @@ def report() -> dict[str, Any]:
     }
     passed = {"at": 1.3, "scores": None, "gain_ratio": None}
     test = {"by_seed": [0.01], "p_value": 0.01, "p_holm": 0.02}
-    training = {"steps": 20, "batch_size": 4, "sequence_length": 128, "checkpoints": 2}
+    training = {"steps": 20, "batch_size": 4, "sequence_length": 128}
     result: dict[str, Any] = {
         "study": "tiny <study>",
         "command": "zoo compare tiny.yaml",
@@ -92,7 +92,8 @@ def report() -> dict[str, Any]:
         "versions": {"moe-zoo": "0.1.0", "torch": "2.13.0"},
         "platform": "Linux",
         "git": {"commit": "0123456789abcdef", "dirty": False},
-        "config": {"data": {"sources": ["a.txt"]}, "training": training, "seeds": [0]},
+        "config": {"data": {"sources": ["a.txt"]}, "training": training},
+        "seeds": [0],
         "tokens": 10_240,
         "tasks": {"knowledge": ["facts_knowledge"], "comprehension": ["facts_boolq"]},
         "models": [model("sparse", 0.6, 0.905, True), model("dense", 0.4, 0.9, False)],
@@ -129,7 +130,7 @@ def test_a_clear_difference_is_stated_and_an_unclear_one_is_not_ranked(report: d
 
 
 def test_with_several_seeds_it_is_items_and_seeds_that_cannot_tell(report: dict[str, Any]) -> None:
-    report["config"]["seeds"] = [0, 1, 2]
+    report["seeds"] = [0, 1, 2]
     assert "which these items and seeds cannot tell" in sentences(report)[2]
     assert "3 training seeds (Student's t on 2 degrees" in reading(report)
 

@@ -18,7 +18,7 @@ def sentences(report: Mapping[str, Any]) -> list[str]:
     Nothing here depends on a clock: the view at equal time is in the report's table.
     """
     models = {model["name"]: model for model in report["models"]}
-    drawn = "items and seeds" if len(report["config"]["seeds"]) > 1 else "items"
+    drawn = "items and seeds" if len(report["seeds"]) > 1 else "items"
     result = [_against_guessing(report["models"])]
     for comparison in report["comparisons"]:
         sparse, dense = models[comparison["sparse"]], models[comparison["dense"]]

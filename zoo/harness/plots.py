@@ -67,7 +67,7 @@ def plots(report: Mapping[str, Any]) -> list[Plot]:
     with plt.rc_context(_STYLE):
         result = [scores(report)]
         result += [forest(comparison, report["tasks"]) for comparison in report["comparisons"]]
-        if report["config"]["training"]["checkpoints"] > 1:
+        if len(report["models"][0]["checkpoints"]) > len(report["seeds"]):
             result += [
                 against(report, axis) for axis in LABELS if report["models"][0]["checkpoints"][0][axis] is not None
             ]
@@ -127,7 +127,7 @@ def against(report: Mapping[str, Any], axis: str) -> Plot:
     figure, panels = plt.subplots(2, 1, figsize=(_SIZE[0], 1.7 * _SIZE[1]), sharex=True)
     rows = [["model", "seed", "step", axis, *SKILLS]]
     for model, colour in zip(report["models"], _cycle(len(report["models"])), strict=True):
-        for number, seed in enumerate(report["config"]["seeds"]):
+        for number, seed in enumerate(report["seeds"]):
             points = [point for point in model["checkpoints"] if point["seed"] == seed]
             rows += [
                 [model["name"], seed, p["step"], p[axis], *(p["scores"][skill] for skill in SKILLS)] for p in points

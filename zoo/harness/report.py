@@ -47,7 +47,7 @@ _READING = (
 
 def reading(report: Mapping[str, Any]) -> str:
     """How the numbers are to be read."""
-    seeds = len(report["config"]["seeds"])
+    seeds = len(report["seeds"])
     return f"{_OF_SEEDS.format(seeds=seeds, freedom=seeds - 1) if seeds > 1 else _OF_ITEMS} {_READING}"
 
 

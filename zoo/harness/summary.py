@@ -58,6 +58,7 @@ def summarise(study: Study, runs: Sequence[Run], out: Path, command: str) -> dic
         "machine": machine(),
         **environment(),
         "config": to_dict(study),
+        "seeds": list(study.seeds),
         "tokens": study.training.tokens,
         "tasks": skills,
         "models": [
