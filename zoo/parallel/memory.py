@@ -23,11 +23,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 from zoo.accounting import FP32_BYTES, count_buffers
 from zoo.parallel.activations import BlockActivations, block_activations, head_activations, loss_activations
 from zoo.parallel.estimate import Setting, Workload
-from zoo.parallel.footprint import COMPUTE_BYTES, Holdings, Layers
+from zoo.parallel.footprint import COMPUTE_BYTES, Holdings, Layers, Recompute
 from zoo.parallel.mesh import MeshSizes
 
 USABLE_MEMORY = 0.9
@@ -63,7 +64,11 @@ def peak_memory(work: Workload, sizes: MeshSizes, held: Holdings, setting: Setti
     }
 
 
-@dataclass(frozen=True)
+Kinds = list[tuple[Layers, BlockActivations]]
+"""Blocks that are equal and follow each other, with the activations of one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Place:
     """A block, and what is there whenever its turn comes."""
 
@@ -71,10 +76,10 @@ class _Place:
     activations: BlockActivations
     kept_before: float
     """Bytes per token that are kept for the blocks before it."""
-    reduced: int
-    """Elements of the gradients of the blocks after it."""
     gathered_before: int
     """Bytes of the parameters of the blocks before it."""
+    at_rest_after: int
+    """Elements that the rank keeps of the blocks after it."""
     first: bool
     last: bool
 
@@ -82,16 +87,21 @@ class _Place:
 def _moments(work: Workload, sizes: MeshSizes, held: Holdings, setting: Setting) -> Iterator[Moment]:
     config, itemsize = work.config, COMPUTE_BYTES[work.precision]
     tokens, recompute = setting.micro_batch * work.sequence_length, setting.recompute
-    places = list(_places(work, sizes, held, setting))
+    first_layers = accumulate((layers.count for layers in held.layers), initial=0)
+    kinds = [
+        (layers, block_activations(config, first, itemsize, sizes))
+        for layers, first in zip(held.layers, first_layers, strict=False)
+    ]
     everything = held.whole.at_rest * FP32_BYTES
     root = held.root.gathered_bytes
     resident = root if setting.reshard else held.whole.gathered_bytes
     several = setting.micro_batches > 1
-    # Gradients of earlier micro-batches wait; if there are none, those of the step before are still there.
+    # Gradients of earlier micro-batches, as they are or summed over ranks; of the step before until these begin.
     waiting = held.whole.gathered * FP32_BYTES if several and not setting.reduce_each else 0
+    summed = everything if several and setting.reduce_each else 0
     before = 0 if waiting else everything
-    added = several and setting.reduce_each
-    for place in places:
+    head = config.vocab_size * config.hidden_size * itemsize
+    for place in _places(kinds, recompute):
         block, experts, own = place.layers.block, place.layers.experts, place.activations
         buffers = 2 * block.gathered_bytes + 2 * experts.gathered_bytes if setting.reshard else 0
         yield Moment(
@@ -100,16 +110,15 @@ def _moments(work: Workload, sizes: MeshSizes, held: Holdings, setting: Setting)
             unreduced=waiting,
             activations=tokens * (place.kept_before + own.running(recompute)),
         )
-        head = config.vocab_size * config.hidden_size * itemsize
         for moment in _backward(place, setting, itemsize, sizes):
             yield Moment(
-                gradients=everything if added else 0 if waiting else place.reduced * FP32_BYTES,
+                gradients=0 if waiting else summed or place.at_rest_after * FP32_BYTES,
                 gathered=root + moment.gathered + (0 if setting.reshard else place.gathered_before),
                 unreduced=waiting + head + moment.unreduced,
                 activations=tokens * (place.kept_before + moment.activations),
             )
-    kept = sum(layers.count * own.kept(recompute) for layers, own in _kinds(work, sizes, held))
-    for gradients, logits in ((before, loss_activations), (everything if added else 0, head_activations)):
+    kept = sum(layers.count * own.kept(recompute) for layers, own in kinds)
+    for gradients, logits in ((before, loss_activations), (summed, head_activations)):
         yield Moment(
             gradients=gradients,
             gathered=resident,
@@ -120,33 +129,25 @@ def _moments(work: Workload, sizes: MeshSizes, held: Holdings, setting: Setting)
     yield Moment(gradients=everything, unreduced=unreduced, activations=tokens * itemsize * config.hidden_size)
 
 
-def _kinds(work: Workload, sizes: MeshSizes, held: Holdings) -> Iterator[tuple[Layers, BlockActivations]]:
-    layer = 0
-    for layers in held.layers:
-        yield layers, block_activations(work.config, layer, COMPUTE_BYTES[work.precision], sizes)
-        layer += layers.count
-
-
-def _places(work: Workload, sizes: MeshSizes, held: Holdings, setting: Setting) -> Iterator[_Place]:
+def _places(kinds: Kinds, recompute: Recompute) -> Iterator[_Place]:
     """The blocks at the ends of each kind and next to them: between them everything changes evenly."""
-    kept, passed, gathered, total = 0.0, 0, 0, sum(layers.count for layers in held.layers)
-    blocks = held.whole.at_rest - held.root.at_rest
-    for layers, own in _kinds(work, sizes, held):
+    kept, gathered = 0.0, 0
+    after = sum(layers.count * (layers.block + layers.experts).at_rest for layers, _ in kinds)
+    for number, (layers, own) in enumerate(kinds):
         one = layers.block + layers.experts
         for i in sorted({0, layers.count - 2, layers.count - 1} & set(range(layers.count))):
-            done = sum(x.count for x in held.layers[: held.layers.index(layers)]) + i
             yield _Place(
-                layers,
-                own,
-                kept + i * own.kept(setting.recompute),
-                blocks - passed - (i + 1) * one.at_rest,
-                gathered + i * one.gathered_bytes,
-                done == 0,
-                done == total - 1,
+                layers=layers,
+                activations=own,
+                kept_before=kept + i * own.kept(recompute),
+                gathered_before=gathered + i * one.gathered_bytes,
+                at_rest_after=after - (i + 1) * one.at_rest,
+                first=number == i == 0,
+                last=number == len(kinds) - 1 and i == layers.count - 1,
             )
-        kept += layers.count * own.kept(setting.recompute)
-        passed += layers.count * one.at_rest
+        kept += layers.count * own.kept(recompute)
         gathered += layers.count * one.gathered_bytes
+        after -= layers.count * one.at_rest
 
 
 def _backward(place: _Place, setting: Setting, itemsize: int, sizes: MeshSizes) -> Iterator[Moment]:
