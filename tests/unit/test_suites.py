@@ -7,6 +7,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,8 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from rich.console import Console
 
-from zoo.harness.runner import summary_rows, task_manager
+from zoo.harness.runner import results_table, summary_rows, task_manager
 from zoo.harness.suites import phone_book, shortest_path
 from zoo.harness.suites.dataset import write_tables
 from zoo.registry import evaluation_dir
@@ -180,6 +182,9 @@ def test_superglue_scores_and_its_average_are_those_computed_by_hand(small_super
     assert scores(results, "superglue") == pytest.approx({"score": average})
     [row] = [row for row in summary_rows(results) if row["task"] == "superglue"]
     assert (row["value"], row["interval"]) == (pytest.approx(average), None)
+    printed = StringIO()
+    Console(file=printed, width=80).print(results_table(results))
+    assert f" {average:.4f} " in printed.getvalue() and "…" not in printed.getvalue()
 
 
 def test_f1_of_a_class_that_is_neither_there_nor_predicted_is_0_as_in_lm_evals_cb(small_superglue: Path) -> None:

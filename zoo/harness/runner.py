@@ -113,7 +113,7 @@ class _MirrorFactory(TaskFactory):
         if self._data_root is None:
             return config
         options = config.get("dataset_kwargs") or {}
-        load = config.get("custom_dataset")
+        load = config.get("custom_dataset")  # such as that of the generated tasks: it looks in data_root itself
         if load is not None and "data_root" in inspect.signature(load).parameters:
             config["dataset_kwargs"] = {**options, "data_root": str(self._data_root.absolute())}
         elif "dataset_path" in config and "data_files" not in options:  # as dataset_path "json" and the like have
@@ -306,7 +306,9 @@ def results_table(results: Mapping[str, Any]) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD)
     for header in ("task", "metric", "shots", "n", "value", "stderr", "95% interval"):
-        table.add_column(header, justify="left" if header in ("task", "metric") else "right", no_wrap=True)
+        # On a narrow terminal names are folded and numbers stay whole.
+        is_name = header in ("task", "metric")
+        table.add_column(header, justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold")
     for row in summary_rows(results):
         low_high = row["interval"]
         table.add_row(
