@@ -72,8 +72,7 @@ def view(at: float, knowledge: dict[str, Any], comprehension: dict[str, Any]) ->
     }
 
 
-@pytest.fixture
-def report() -> dict[str, Any]:
+def made_report() -> dict[str, Any]:
     """Sparse clearly better on knowledge (by 20 points), not told apart on comprehension."""
     knowledge = {"values": [0.6, 0.4], "difference": estimate(0.2, 0.05), "relative_gain": estimate(0.5, 0.1)}
     comprehension = {
@@ -114,6 +113,20 @@ def report() -> dict[str, Any]:
         ],
     }
     return result | {"headline": sentences(result)}
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    return made_report()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of the written report."""
+    out = tmp_path_factory.mktemp("report")
+    paths = write_report(made_report(), out)
+    assert paths == [out / name for name in ("report.md", "report.html", "report.json")]
+    return out
 
 
 def test_a_clear_difference_is_stated_and_an_unclear_one_is_not_ranked(report: dict[str, Any]) -> None:
@@ -197,9 +210,8 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_html_is_well_formed_self_contained_and_complete(report: dict[str, Any], tmp_path: Path) -> None:
-    write_report(report, tmp_path)
-    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+def test_html_is_well_formed_self_contained_and_complete(written: Path) -> None:
+    page = Page((written / "report.html").read_text(encoding="utf-8"))
     assert page.open == [] and page.elsewhere == []
     # Scores, one forest, score against four axes, loss, and the one sparse model's load: by layer and by task.
     assert page.tags.count("svg") == 9
@@ -215,32 +227,29 @@ def test_html_is_well_formed_self_contained_and_complete(report: dict[str, Any],
         assert needed in page.text
 
 
-def test_markdown_and_json_hold_the_same_numbers(report: dict[str, Any], tmp_path: Path) -> None:
-    paths = write_report(report, tmp_path)
-    assert [path.name for path in paths] == ["report.md", "report.html", "report.json"]
-    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+def test_markdown_and_json_hold_the_same_numbers(report: dict[str, Any], written: Path) -> None:
+    text = (written / "report.md").read_text(encoding="utf-8")
     for needed in (*report["headline"], "| 0 | 1.00 | 2.00 | 0.50 | 0.50 |", "+20.0 (+15.0 to +25.0)", "torch 2.13.0"):
         assert needed in text
     for line in text.splitlines():
         assert not line.startswith("|") or line.endswith("|")
-    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == report
+    assert json.loads((written / "report.json").read_text(encoding="utf-8")) == report
 
 
-def test_every_figure_is_also_a_picture_and_a_table_of_what_it_shows(report: dict[str, Any], tmp_path: Path) -> None:
-    write_report(report, tmp_path)
-    files = {path.name for path in (tmp_path / "figures").iterdir()}
+def test_every_figure_is_also_a_picture_and_a_table_of_what_it_shows(written: Path) -> None:
+    files = {path.name for path in (written / "figures").iterdir()}
     assert {Path(name).stem for name in files if name.endswith(".png")} == {
         *("scores", "forest-dense", "loss", "expert-load-sparse", "task-load-sparse"),
         *(f"score-against-{axis}" for axis in ("loss", "tokens", "flops", "seconds")),
     }
     assert len(files) == 18
-    for path in (tmp_path / "figures").glob("*.png"):
+    for path in (written / "figures").glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
-    with (tmp_path / "figures" / "forest-dense.csv").open(encoding="utf-8", newline="") as file:
+    with (written / "figures" / "forest-dense.csv").open(encoding="utf-8", newline="") as file:
         rows = {row["difference of"]: row for row in csv.DictReader(file)}
     assert list(rows) == ["knowledge", "facts_knowledge", "comprehension", "facts_boolq"]
     assert float(rows["knowledge"]["value"]) == 0.2 and float(rows["knowledge"]["low"]) == pytest.approx(0.15)
-    with (tmp_path / "figures" / "score-against-loss.csv").open(encoding="utf-8", newline="") as file:
+    with (written / "figures" / "score-against-loss.csv").open(encoding="utf-8", newline="") as file:
         points = list(csv.DictReader(file))
     assert [(row["model"], row["step"], float(row["loss"])) for row in points][:2] == [
         ("sparse", "10", 1.4),
@@ -248,13 +257,12 @@ def test_every_figure_is_also_a_picture_and_a_table_of_what_it_shows(report: dic
     ]
 
 
-def test_equal_reports_are_written_byte_for_byte_alike(report: dict[str, Any], tmp_path: Path) -> None:
-    places = [tmp_path / "a", tmp_path / "b"]
-    for place in places:
-        place.mkdir()
-        write_report(report, place)
-    first, second = ({p.relative_to(d): p.read_bytes() for p in d.rglob("*") if p.is_file()} for d in places)
-    assert first == second
+def test_equal_reports_are_written_byte_for_byte_alike(written: Path, tmp_path: Path) -> None:
+    write_report(made_report(), tmp_path)
+    first, second = (
+        {p.relative_to(d): p.read_bytes() for p in d.rglob("*") if p.is_file()} for d in (written, tmp_path)
+    )
+    assert first == second and len(first) == 21
 
 
 def test_report_is_as_its_schema_says_and_the_schema_refuses_others(report: dict[str, Any]) -> None:
