@@ -20,7 +20,7 @@ Every rank is taken to get equally many rows, and the host never to be late.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -155,8 +155,8 @@ def estimate(
     exchanges = min(ways, key=in_the_open)
     travel = _total(blocking + exchanges, work.gpu)
     exposed = _total(blocking, work.gpu) + in_the_open(exchanges)
-    sent: Counter[str] = Counter()
-    between: Counter[str] = Counter()
+    sent: dict[str, float] = defaultdict(float)
+    between: dict[str, float] = defaultdict(float)
     reducing = setting.micro_batches if setting.reduce_each else 1
     for collectives, times in (
         (blocking + exchanges + gathers, setting.micro_batches),
@@ -176,7 +176,8 @@ def estimate(
         "waiting": (setting.micro_batches - reducing) * max(late, 0.0) + reducing * max(late + reduction, 0.0),
         "optimizer": held.whole.at_rest * ADAMW_BYTES / work.gpu.memory_bandwidth,
     }
-    return Estimate(layout, setting, memory, dict(+sent), dict(+between), len(exchanges) // 2, seconds)
+    sent, between = ({kind: size for kind, size in sizes.items() if size} for sizes in (sent, between))
+    return Estimate(layout, setting, memory, sent, between, len(exchanges) // 2, seconds)
 
 
 def _total(collectives: Iterable[Collective], gpu: Gpu) -> float:
