@@ -131,15 +131,24 @@ def attention_flops(config: ModelConfig, sequence_length: int) -> float:
 
     The mean over layers, where some have a sliding window.
     """
-    windows: list[int | None] = [None]
+    visible = _mean_visible(sequence_length, None)
     if config.mla:
         heads = config.mla.num_heads
         sizes = config.mla.qk_nope_head_dim + config.mla.qk_rope_head_dim + config.mla.v_head_dim
     else:
         attention = _attention(config)
         heads, sizes = attention.num_heads, 2 * attention.head_dim
-        windows = [attention.window(layer) for layer in range(config.num_layers)]
-    return 2.0 * heads * sizes * sum(_mean_visible(sequence_length, window) for window in windows) / len(windows)
+        layers = [_visible_in_layer(attention, layer, sequence_length) for layer in range(config.num_layers)]
+        visible = sum(layers) / len(layers)
+    return 2.0 * heads * sizes * visible
+
+
+def _visible_in_layer(attention: AttentionConfig, layer: int, sequence_length: int) -> float:
+    chunk = attention.chunk(layer)
+    if chunk is None:
+        return _mean_visible(sequence_length, attention.window(layer))
+    whole, rest = divmod(sequence_length, chunk)
+    return (whole * chunk * (chunk + 1) / 2 + rest * (rest + 1) / 2) / sequence_length
 
 
 def training_flops(config: ModelConfig, sequence_length: int) -> float:

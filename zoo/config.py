@@ -76,6 +76,21 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InterleavedRopeConfig:
+    """Chunks with rotary positions in most layers, everything without them in the others (Llama 4, published code)."""
+
+    full_attention_interval: int
+    """Every so-manieth layer is without chunks and rotary positions."""
+    chunk_size: int
+    """A query sees itself and the tokens before it in its chunk of this many positions."""
+    qk_norm: bool
+    """RMSNorm without parameters of queries and keys in layers with rotary positions, after these."""
+    temperature_scale: float
+    """Queries at position p of layers without them are multiplied by 1 + scale · ln(1 + ⌊(p + 1) / floor⌋)."""
+    temperature_floor: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     """Multi-head (``num_kv_heads == num_heads``) or grouped-query attention."""
 
@@ -98,11 +113,18 @@ class AttentionConfig:
     """A learned score for every head that takes part in the softmax, and attends to nothing."""
     clip_qkv: float | None = None
     """Queries, keys and values are clamped to ± this before rotary."""
+    interleaved_rope: InterleavedRopeConfig | None = None
+    """Rotary positions in some layers only."""
 
     def window(self, layer: int) -> int | None:
         """Sliding window of layer number ``layer`` (from 0), None where it sees everything before it."""
         full = self.full_attention_interval is not None and (layer + 1) % self.full_attention_interval == 0
         return None if full else self.sliding_window
+
+    def chunk(self, layer: int) -> int | None:
+        """Chunk of layer number ``layer`` (from 0) in tokens, None where it has none."""
+        rope = self.interleaved_rope
+        return None if rope is None or (layer + 1) % rope.full_attention_interval == 0 else rope.chunk_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +162,12 @@ class MoEConfig:
     """Shared experts are one SwiGLU FFN of ``num_shared_experts * moe_intermediate_size``."""
     shared_expert_gate: bool = False
     """Multiply the shared experts' output with sigmoid(Linear(D → 1)) of their input."""
+    scaled_input: bool = False
+    """The weight of the one chosen expert multiplies its input, not its output."""
     first_k_dense: int = 0
     """The first layers that keep the dense FFN of ``ModelConfig.intermediate_size``."""
+    layer_interval: int = 1
+    """Every so-manieth layer has experts, the others the dense FFN."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +200,8 @@ class ModelConfig:
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer number ``layer`` (from 0) has routed experts."""
-        return self.moe is not None and layer >= self.moe.first_k_dense
+        moe = self.moe
+        return moe is not None and layer >= moe.first_k_dense and (layer + 1) % moe.layer_interval == 0
 
     def __post_init__(self) -> None:
         _validate(self)
@@ -258,7 +285,7 @@ def _validate_rope(r: RopeConfig) -> None:
     if r.llama3:
         low, high = r.llama3.low_freq_factor, r.llama3.high_freq_factor
         _require(
-            0 < low < high, "rope.llama3.low_freq_factor", low, f"it must lie between 0 and high_freq_factor = {high}"
+            0 < low <= high, "rope.llama3.low_freq_factor", low, f"it must lie between 0 and high_freq_factor = {high}"
         )
     if r.yarn:
         fast, slow = r.yarn.beta_fast, r.yarn.beta_slow
@@ -266,10 +293,13 @@ def _validate_rope(r: RopeConfig) -> None:
 
 
 def _validate_attention(a: AttentionConfig) -> None:
-    kinds = [n for n in ("logit_softcap", "sinks", "clip_qkv") if getattr(a, n)]
+    kinds = [n for n in ("logit_softcap", "sinks", "clip_qkv", "interleaved_rope") if getattr(a, n)]
     _require(len(kinds) <= 1, "attention", " + ".join(kinds), "give at most one of these")
     _require(
-        a.clip_qkv is None or a.clip_qkv > 0, "attention.clip_qkv", a.clip_qkv, "give a positive bound, or null for none"
+        a.clip_qkv is None or a.clip_qkv > 0,
+        "attention.clip_qkv",
+        a.clip_qkv,
+        "give a positive bound, or null for none",
     )
     _require(a.num_heads >= 1, "attention.num_heads", a.num_heads, "give a positive integer")
     _require(a.num_kv_heads >= 1, "attention.num_kv_heads", a.num_kv_heads, "give a positive integer")
@@ -280,6 +310,9 @@ def _validate_attention(a: AttentionConfig) -> None:
         f"it must divide num_heads = {a.num_heads}",
     )
     _require(a.head_dim % 2 == 0, "attention.head_dim", a.head_dim, "rotary needs an even size")
+    if a.interleaved_rope:
+        _require(a.sliding_window is None, "attention.sliding_window", a.sliding_window, "chunks take its place; null")
+        _validate_interleaved_rope(a.interleaved_rope)
     _require(
         a.sliding_window is None or a.sliding_window >= 1,
         "attention.sliding_window",
@@ -304,6 +337,12 @@ def _validate_attention(a: AttentionConfig) -> None:
         a.logit_softcap,
         "give a positive cap, or null for none",
     )
+
+
+def _validate_interleaved_rope(r: InterleavedRopeConfig) -> None:
+    for field, least in (("full_attention_interval", 2), ("chunk_size", 1), ("temperature_floor", 1)):
+        value = getattr(r, field)
+        _require(value >= least, f"attention.interleaved_rope.{field}", value, f"give {least} or more")
 
 
 def _validate_moe(m: MoEConfig, num_layers: int) -> None:
@@ -359,6 +398,13 @@ def _validate_moe(m: MoEConfig, num_layers: int) -> None:
         "moe.shared_expert_gate",
         True,
         "there is no shared expert to gate; set num_shared_experts >= 1",
+    )
+    _require(not (m.scaled_input and m.top_k > 1), "moe.scaled_input", True, "only one expert takes it; set top_k: 1")
+    _require(
+        1 <= m.layer_interval <= num_layers,
+        "moe.layer_interval",
+        m.layer_interval,
+        f"at least one of the {num_layers} layers must be MoE; give a number from 1 to {num_layers}",
     )
     _require(
         0 <= m.first_k_dense < num_layers,

@@ -19,12 +19,13 @@ from zoo.cache import Cache, LayerCache
 from zoo.config import ModelConfig
 from zoo.layers.attention import Attention, ClampedAttention, SinkAttention, SoftcappedAttention
 from zoo.layers.ffn import GEGLU, SwiGLU
+from zoo.layers.interleaved_rope import ChunkedAttention, UnplacedAttention
 from zoo.layers.mla import MLA
 from zoo.layers.norm import LayerNorm, RMSNorm, UnitOffsetRMSNorm
 from zoo.layers.rope import Rotary
 from zoo.layers.scaling import ScaledEmbedding, SoftCap
 from zoo.layers.sequence import SequenceLayout, sequence_layout
-from zoo.moe.layer import MoE
+from zoo.moe.layer import moe_layer
 from zoo.moe.router import RouterOutput
 
 
@@ -50,7 +51,7 @@ class Block(nn.Module):
         self.mixer = _mixer(config, layer)
         self.mixer_post_norm = _norm(config) if after else nn.Identity()
         self.ffn_norm = _norm(config) if before else nn.Identity()
-        self.ffn = MoE(config) if config.is_moe_layer(layer) else _ffn(config)
+        self.ffn = moe_layer(config) if config.is_moe_layer(layer) else _ffn(config)
         self.ffn_post_norm = _norm(config) if after else nn.Identity()
 
     def forward(
@@ -141,6 +142,8 @@ def _embedding(config: ModelConfig) -> nn.Embedding:
 def _mixer(config: ModelConfig, layer: int) -> Attention | MLA:
     if config.attention is None:
         return MLA(config)
+    if config.attention.interleaved_rope:
+        return (UnplacedAttention if config.attention.chunk(layer) is None else ChunkedAttention)(config, layer)
     special = {"sinks": SinkAttention, "logit_softcap": SoftcappedAttention, "clip_qkv": ClampedAttention}
     kind = next((kind for field, kind in special.items() if getattr(config.attention, field)), Attention)
     return kind(config, layer)

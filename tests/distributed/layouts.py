@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from zoo.config import AttentionConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from zoo.config import AttentionConfig, InterleavedRopeConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from zoo.model import Decoder, build
 from zoo.moe.balance import load_balance_loss, z_loss
 from zoo.moe.router import Router, update_selection_bias
@@ -81,6 +81,25 @@ MODELS = {
         **_BASE,
         attention=dataclasses.replace(_GQA, sinks=True, sliding_window=5, full_attention_interval=2),
         moe=dataclasses.replace(_MIXTRAL, router_bias=False, router_logit_bias=True, swiglu_limit=0.1),
+    ),
+    "llama4": ModelConfig(
+        **_BASE,
+        attention=dataclasses.replace(
+            _GQA,
+            interleaved_rope=InterleavedRopeConfig(
+                full_attention_interval=2, chunk_size=5, qk_norm=True, temperature_scale=0.5, temperature_floor=4
+            ),
+        ),
+        moe=MoEConfig(
+            num_experts=8,
+            top_k=1,
+            moe_intermediate_size=12,
+            score_func="sigmoid",
+            norm_topk_prob=False,
+            num_shared_experts=1,
+            scaled_input=True,
+            layer_interval=2,
+        ),
     ),
     "dense": ModelConfig(**_BASE, attention=_GQA),
 }

@@ -36,8 +36,9 @@ def test_layout_equals_one_process(pools: Pools, model: str, layout: str) -> Non
     check(pools, Run(model), LAYOUTS[layout])
 
 
-def test_biased_experts_are_spread_like_others(pools: Pools) -> None:
-    check(pools, Run("gpt-oss"), LAYOUTS["fsdp2_ep2"])
+@pytest.mark.parametrize(("model", "layout"), [("gpt-oss", "fsdp2_ep2"), ("llama4", "tp2_ep2")])
+def test_other_experts_are_spread_like_these(pools: Pools, model: str, layout: str) -> None:
+    check(pools, Run(model), LAYOUTS[layout])
 
 
 @pytest.mark.parametrize("layout", DEFAULT)

@@ -59,6 +59,7 @@ def moe_configs(draw: st.DrawFn, num_layers: int) -> MoEConfig:
         num_shared_experts=num_shared_experts,
         shared_expert_gate=num_shared_experts > 0 and draw(st.booleans()),
         first_k_dense=draw(st.integers(0, num_layers - 1)),
+        scaled_input=top_k == 1 and draw(st.booleans()),
     )
 
 

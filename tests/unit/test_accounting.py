@@ -20,7 +20,7 @@ from zoo.accounting import (
     training_flops,
     weight_bytes,
 )
-from zoo.config import AttentionConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from zoo.config import AttentionConfig, InterleavedRopeConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from zoo.model import Decoder
 
 DENSE = ModelConfig(
@@ -95,6 +95,15 @@ def test_every_other_layer_without_the_window_sees_everything() -> None:
     assert forward_flops(mixed, 4) == pytest.approx((forward_flops(DENSE, 4) + forward_flops(windowed, 4)) / 2)
 
 
+def test_a_chunk_bounds_what_a_query_sees() -> None:
+    rope = InterleavedRopeConfig(
+        full_attention_interval=2, chunk_size=3, qk_norm=False, temperature_scale=0.1, temperature_floor=8
+    )
+    chunked = replace(DENSE, attention=replace(DENSE.attention, interleaved_rope=rope))
+    # In one of two layers positions see 1, 2, 3, 1 tokens instead of 1, 2, 3, 4.
+    assert forward_flops(DENSE, 4) - forward_flops(chunked, 4) == pytest.approx(2 * 4 * 2 * (2.5 - 1.75))
+
+
 def test_flops_need_a_positive_sequence_length() -> None:
     with pytest.raises(ValueError, match="sequence_length = 0"):
         forward_flops(DENSE, 0)
@@ -142,7 +151,9 @@ def test_flops_equal_those_that_torch_counts(config: ModelConfig) -> None:
     masked = sum(length - min(i + 1, window) for window in windows for i in range(length))
     per_pair = 2 * sum(head_sizes(config))
     combine = (
-        2 * config.moe.top_k * config.hidden_size * (config.num_layers - config.moe.first_k_dense) if config.moe else 0
+        2 * config.moe.top_k * config.hidden_size * sum(map(config.is_moe_layer, range(config.num_layers)))
+        if config.moe
+        else 0
     )
     expected = (forward_flops(config, length) + combine) * length + masked * per_pair
     assert counter.get_total_flops() == pytest.approx(expected)

@@ -200,3 +200,37 @@ def test_initialisation_depends_on_name_and_seed_only() -> None:
     assert torch.equal(narrow.lm_head.weight, wide.lm_head.weight)
     assert not torch.equal(build(config(), seed=1).lm_head.weight, wide.lm_head.weight)
     assert torch.equal(build(config(), dtype=torch.bfloat16).lm_head.weight, wide.lm_head.weight.bfloat16())
+
+
+def test_row_20_the_weight_multiplies_the_input_of_the_expert() -> None:
+    moe = MoEConfig(
+        num_experts=3,
+        top_k=1,
+        moe_intermediate_size=FFN,
+        score_func="sigmoid",
+        norm_topk_prob=False,
+        num_shared_experts=1,
+        scaled_input=True,
+    )
+    config = ModelConfig(
+        vocab_size=8,
+        hidden_size=D,
+        num_layers=1,
+        intermediate_size=FFN,
+        max_position_embeddings=8,
+        norm_eps=1e-6,
+        rope=RopeConfig(theta=10000.0),
+        attention=AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=8),
+        moe=moe,
+        initializer_range=0.5,
+    )
+    layer = build(config, dtype=torch.float64).layers[0].ffn
+    x = torch.randn(1, 7, D, dtype=torch.float64)
+    out, routing = layer(x)
+    best = (x[0] @ layer.router.weight.T).sigmoid().max(-1)
+    assert routing.experts.flatten().tolist() == best.indices.tolist()
+    for t in range(7):
+        score, e = best.values[t], best.indices[t]
+        gate, up = layer.experts.gate_up[e] @ (score * x[0, t])
+        expected = layer.experts.down[e] @ (F.silu(gate) * up) + layer.shared_experts(x[0, t])
+        torch.testing.assert_close(out[0, t], expected)

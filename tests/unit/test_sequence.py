@@ -70,6 +70,44 @@ def test_layers_with_the_same_window_share_a_mask() -> None:
     assert layout.within(3) is layout.within(3)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    length=st.integers(1, 6),
+    left=st.booleans(),
+    past=st.integers(0, 4),
+    new=st.integers(1, 5),
+    size=st.integers(1, 6),
+)
+def test_row_20_chunks_are_of_neighbouring_positions(length: int, left: bool, past: int, new: int, size: int) -> None:
+    keys = past + new
+    length = min(length, keys)
+    valid = torch.zeros(1, keys, dtype=torch.bool)
+    valid[0, keys - length :] = left
+    valid[0, :length] |= not left
+    layout = sequence_layout(
+        torch.zeros(1, new, dtype=torch.long),
+        **{
+            **NONE,
+            "attention_mask": valid[:, past:].long(),
+            "past": past,
+            "past_valid": valid[:, :past] if past else None,
+        },
+    )
+    position = (valid.cumsum(1) - 1).clamp(min=0)[0].tolist()
+    same = [[position[q] // size == position[k] // size for k in range(keys)] for q in range(past, keys)]
+    expected = layout.visible[0, 0] & torch.tensor(same)
+    assert torch.equal(layout.in_chunks(size).visible[0, 0], expected)
+
+
+def test_row_20_chunks_of_documents_begin_anew() -> None:
+    ids = torch.tensor([[0] * 5 + [1] * 3])
+    layout = sequence_layout(ids, **{**NONE, "document_ids": ids}).in_chunks(2)
+    assert layout.run_offsets.tolist() == [0, 2, 4, 5, 7, 8]
+    plain = sequence_layout(torch.zeros(2, 5, dtype=torch.long), **NONE)
+    assert plain.in_chunks(2).run_offsets.tolist() == [0, 2, 4, 5, 7, 9, 10]
+    assert plain.in_chunks(5) is plain
+
+
 def test_plain_causality_needs_no_mask() -> None:
     layout = sequence_layout(torch.zeros(3, 4, dtype=torch.long), **NONE)
     assert layout.mask is None and layout.is_causal

@@ -31,6 +31,7 @@ def read_decoder(
     moe: MoEConfig | None = None,
     activation: str = "silu",
     tied: bool = False,
+    width: str = "intermediate_size",
     **fixed: Any,
 ) -> ModelConfig:
     """The fields around the blocks, which all families spell alike.
@@ -43,6 +44,7 @@ def read_decoder(
         moe: of the layers with experts.
         activation: the one name of ``hidden_act`` that the family's FFN has.
         tied: whether the embedding is the output head where the file does not say.
+        width: name of the width of the dense FFN.
         fixed: fields of ``ModelConfig`` that follow from the family.
     """
     fields.expect("hidden_act", activation)
@@ -51,7 +53,7 @@ def read_decoder(
         vocab_size=fields.size("vocab_size"),
         hidden_size=fields.size("hidden_size"),
         num_layers=fields.size("num_hidden_layers"),
-        intermediate_size=fields.size("intermediate_size"),
+        intermediate_size=fields.size(width),
         max_position_embeddings=fields.size("max_position_embeddings"),
         norm_eps=fields.take(float, "rms_norm_eps"),
         rope=rope,

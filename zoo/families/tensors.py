@@ -18,6 +18,7 @@ class MoENames:
     """
 
     block: str = "mlp"
+    dense: str = "mlp"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
@@ -61,12 +62,12 @@ def decoder_map(
         for their_part, our_part in _mixer(config):
             ops.append(Rename(f"{theirs}.self_attn.{their_part}", f"{ours}.mixer.{our_part}"))
         if config.is_moe_layer(i) and moe_map is not None:
-            ops.extend(moe_map(config, f"{theirs}.mlp", f"{ours}.ffn"))
+            ops.extend(moe_map(config, f"{theirs}.{names.block}", f"{ours}.ffn"))
         elif config.is_moe_layer(i):
             block = names.block if layout == "per_expert" else "mlp"
             ops.extend(_moe(config, layout, names, f"{theirs}.{block}", f"{ours}.ffn"))
         else:
-            ops.extend(_swiglu(f"{theirs}.mlp", f"{ours}.ffn"))
+            ops.extend(swiglu_map(f"{theirs}.{names.dense}", f"{ours}.ffn"))
     return ops
 
 
@@ -96,7 +97,8 @@ def _mixer(config: ModelConfig) -> Iterator[tuple[str, str]]:
     yield "o_proj.weight", "o_proj.weight"
 
 
-def _swiglu(theirs: str, ours: str) -> Iterator[Op]:
+def swiglu_map(theirs: str, ours: str) -> Iterator[Op]:
+    """The three projections of one dense FFN."""
     for part in ("gate_proj", "up_proj", "down_proj"):
         yield Rename(f"{theirs}.{part}.weight", f"{ours}.{part}.weight")
 
@@ -117,6 +119,6 @@ def _moe(config: ModelConfig, layout: Layout, names: MoENames, theirs: str, ours
         down = tuple(f"{expert}.{names.down}.weight" for expert in experts)
         yield Stack(down, f"{ours}.experts.down", leading=(moe.num_experts,))
     if moe.num_shared_experts:
-        yield from _swiglu(f"{theirs}.{names.shared_experts}", f"{ours}.shared_experts")
+        yield from swiglu_map(f"{theirs}.{names.shared_experts}", f"{ours}.shared_experts")
     if moe.shared_expert_gate:
         yield Rename(f"{theirs}.shared_expert_gate.weight", f"{ours}.shared_expert_gate.weight")

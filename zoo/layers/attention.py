@@ -41,9 +41,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x [B, S, D], rotary cos and sin [B, S, 1, d/2] → [B, S, D]; appends k and v to ``cache`` where given."""
         q, k, v = self.project(x)
-        q = rotate(q, *rotary, self.rope_layout).transpose(1, 2)
-        k = rotate(k, *rotary, self.rope_layout).transpose(1, 2)
-        v = v.transpose(1, 2)
+        q, k = self.place(q, k, layout, rotary)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(layout.past, k, v)
         return self.o_proj(self.attend(q, k, v, layout.within(self.window)).flatten(-2))
@@ -52,6 +51,12 @@ class Attention(nn.Module):
         """x [B, S, D] → q [B, S, H, d], k and v [B, S, G, d], normalised where they are."""
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.q_proj, self.k_proj, self.v_proj))
         return self.q_norm(q), self.k_norm(k), v
+
+    def place(
+        self, q: Tensor, k: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """q [B, S, H, d] and k [B, S, G, d] → the same, knowing their positions."""
+        return rotate(q, *rotary, self.rope_layout), rotate(k, *rotary, self.rope_layout)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
         """q [B, H, S, d], k and v [B, G, L, d] → [B, S, H, d]."""

@@ -39,8 +39,11 @@ def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
     """Interpolate wavelengths longer than context/low_freq_factor, keep those shorter than context/high_freq_factor."""
     wavelengths = 2 * math.pi / frequencies
     turns = scaling.original_max_position / wavelengths
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = kept.clamp(0, 1)
+    ramp = scaling.high_freq_factor - scaling.low_freq_factor
+    # Without a ramp a frequency is either kept or divided.
+    kept = (
+        ((turns - scaling.low_freq_factor) / ramp).clamp(0, 1) if ramp else (turns >= scaling.low_freq_factor).float()
+    )
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
@@ -76,17 +79,21 @@ class Rotary:
         self.frequencies, self.scale = inverse_frequencies(rope, size)
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions [B, S] int64 → cos, sin [B, S, 1, d/2], computed in fp32 and cast to ``dtype``."""
+        """positions [B, S] int64 → cos, sin [B, S, 1, d/2] for x of ``dtype``: fp32, or wider if that is."""
         if self.frequencies.device != positions.device:
             self.frequencies = self.frequencies.to(positions.device)
         angles = (positions[..., None].float() * self.frequencies).unsqueeze(2)
-        return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
+        exact = torch.promote_types(dtype, torch.float32)
+        return (angles.cos() * self.scale).to(exact), (angles.sin() * self.scale).to(exact)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Literal["split", "interleaved"]) -> Tensor:
-    """Rotate each pair of x [B, S, H, d] by its angle; cos, sin [B, S, 1, d/2] (arXiv 2104.09864, equation 34)."""
+    """Rotate each pair of x [B, S, H, d] by its angle; cos, sin [B, S, 1, d/2] (arXiv 2104.09864, equation 34).
+
+    In the dtype of cos and sin, and rounded to that of x once, at the end.
+    """
     if layout == "split":
         a, b = x.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)

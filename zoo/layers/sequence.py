@@ -37,6 +37,30 @@ class SequenceLayout:
         """Layers with the same window share one layout, and so one mask."""
         return {self.window: self}
 
+    def in_chunks(self, size: int) -> SequenceLayout:
+        """The same batch where a query sees tokens of its own chunk only: positions 0 to size - 1, and so on."""
+        keys = self.past + self.positions.shape[1]
+        if keys <= size:
+            return self
+        if size not in self._chunked:
+            chunk = self._key_positions // size
+            segments = chunk if self.segments is None else (self.segments + 1) * keys + chunk
+            self._chunked[size] = replace(self, segments=segments.expand(self.batch_size, -1))
+        return self._chunked[size]
+
+    @cached_property
+    def _chunked(self) -> dict[int, SequenceLayout]:
+        return {}
+
+    @property
+    def _key_positions(self) -> Tensor:
+        """[B or 1, L] int64"""
+        if self.past == 0:
+            return self.positions
+        if self.segments is None:
+            return torch.arange(self.past + self.positions.shape[1], device=self.positions.device)[None]
+        return ((self.segments >= 0).cumsum(1) - 1).clamp(min=0)  # with cached tokens there are no documents
+
     @cached_property
     def mask(self) -> Tensor | None:
         """[B or 1, 1, S, L] bool, True where a query (row) sees a key (column); None where plain causality says it all.

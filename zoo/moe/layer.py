@@ -5,6 +5,9 @@ Shapes: B batch, S sequence, T = B·S tokens, D model, E experts, K top-k.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor, nn
 
 from zoo.config import ModelConfig, MoEConfig
@@ -35,7 +38,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, RouterOutput]:
         """x [B, S, D] → ([B, S, D], the routing of the T tokens)."""
         tokens = x.flatten(0, 1)
-        routing = self.router(tokens)
+        tokens, routing = self.route(tokens)
         rows, counts, state = self.dispatcher.dispatch(tokens, routing)
         out = self.dispatcher.combine(self.experts(rows, counts), state).view_as(x)
         if self.shared_experts is not None:
@@ -44,6 +47,26 @@ class MoE(nn.Module):
                 shared = shared * self.shared_expert_gate(x).sigmoid()
             out = out + shared
         return out, routing
+
+    def route(self, tokens: Tensor) -> tuple[Tensor, RouterOutput]:
+        """tokens [T, D] → (what the experts take of each [T, D], the routing)."""
+        return tokens, self.router(tokens)
+
+
+class ScaledInputMoE(MoE):
+    """y = expert(s · x) + shared(x) with the score s of the one chosen expert (Llama 4, published code)."""
+
+    def route(self, tokens: Tensor) -> tuple[Tensor, RouterOutput]:
+        """See ``MoE``; outputs are not weighted."""
+        routing = self.router(tokens)
+        scaled = (tokens * routing.weights).to(tokens.dtype)
+        return scaled, replace(routing, weights=torch.ones_like(routing.weights))
+
+
+def moe_layer(config: ModelConfig) -> MoE:
+    """The kind of MoE layer that ``config.moe`` asks for."""
+    assert config.moe is not None
+    return ScaledInputMoE(config) if config.moe.scaled_input else MoE(config)
 
 
 def _experts(hidden_size: int, moe: MoEConfig) -> Experts:

@@ -122,7 +122,7 @@ def check_sizes(config: ModelConfig, sizes: MeshSizes, rules: ResolvedPlan) -> N
             wanted.append(("tensor", sizes.tensor, "num_kv_heads", config.attention.num_kv_heads))
         if config.mla:
             wanted.append(("tensor", sizes.tensor, "num_heads", config.mla.num_heads))
-        if moe is None or moe.first_k_dense:
+        if not all(config.is_moe_layer(layer) for layer in range(config.num_layers)):
             wanted.append(("tensor", sizes.tensor, "intermediate_size", config.intermediate_size))
         if moe is not None and moe.num_shared_experts:
             shared = moe.num_shared_experts * moe.moe_intermediate_size

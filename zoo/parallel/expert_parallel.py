@@ -177,7 +177,7 @@ def forward_overlapped(moe: MoE, x: Tensor) -> tuple[Tensor, RouterOutput]:
     dispatcher, shared_experts = moe.dispatcher, moe.shared_experts
     assert isinstance(dispatcher, ExchangeDispatcher) and shared_experts is not None
     tokens = x.flatten(0, 1)
-    routing = moe.router(tokens)
+    tokens, routing = moe.route(tokens)
     flight = dispatcher.start(tokens, routing)
     shared = shared_experts(x)
     if moe.shared_expert_gate is not None:
