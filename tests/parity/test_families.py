@@ -118,16 +118,16 @@ def test_packed_documents(pair: Pair) -> None:
 
 
 @torch.no_grad()
-def test_bf16_is_closer_to_fp32_than_transformers_is_to_itself(pair: Pair) -> None:
+def test_bf16_is_at_least_as_close_to_fp32_as_transformers_is_to_itself(pair: Pair) -> None:
     # Enough tokens for the two errors to be compared, not their noise: with 8 rows either may come out larger.
     ids = tokens(64, 2 * CONTEXT)
     exact = pair.theirs(ids).logits
     theirs = AutoModelForCausalLM.from_pretrained(pair.directory, dtype=torch.bfloat16)(ids).logits.float()
     ours = zoo.load(pair.directory, dtype=torch.bfloat16)(ids).logits.float()
     our_error, their_error = (ours - exact).abs(), (theirs - exact).abs()
-    assert our_error.mean() < their_error.mean()
+    assert our_error.mean() <= their_error.mean()
     # Rounding sends tokens on the border between two experts either way in both: the median is of all the others.
-    assert our_error.median() < their_error.median()
+    assert our_error.median() <= their_error.median()
 
 
 @torch.no_grad()
