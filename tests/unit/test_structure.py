@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 import subprocess
 import sys
 import tomllib
+import types
+import typing
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
+from zoo.config import (
+    AttentionConfig,
+    InterleavedRopeConfig,
+    LinearScaling,
+    Llama3Scaling,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+    YarnScaling,
+)
 from zoo.families import FAMILIES
+from zoo.registry import find_spec, model_names
 
 TOP_LEVEL = {".ci", "checkpoints", "configs", "docs", "evaluation", "scripts", "tests", "zoo"}
 
@@ -62,6 +78,52 @@ def test_blocks_name_no_family(repository: Path) -> None:
     for path in python_files(repository, *MODEL_PLACES):
         words = [w for name in identifiers(path) for w in re.findall(r"[a-z]+", name.lower().replace("llama3", ""))]
         assert FAMILY_NAMES.intersection(words) == set(), path
+
+
+def test_no_block_has_an_option_that_no_config_uses() -> None:
+    used = {option for name in model_names() for option in options(find_spec(name).model)}
+    blocks = {AttentionConfig, InterleavedRopeConfig, LinearScaling, Llama3Scaling, MLAConfig, ModelConfig, MoEConfig}
+    blocks |= {RopeConfig, YarnScaling}
+    declared = {
+        (block.__name__, field.name, choice)
+        for block in blocks
+        for field in dataclasses.fields(block)
+        for choice in choices(typing.get_type_hints(block)[field.name]) or ("given",)
+    }
+    assert {option[:2] for option in declared - used} == ONLY_IN_CHECKPOINTS
+
+
+ONLY_IN_CHECKPOINTS = {
+    ("LinearScaling", "factor"),
+    ("ModelConfig", "initializer_range"),
+    ("RopeConfig", "linear"),
+    ("YarnScaling", "attention_factor"),
+    ("YarnScaling", "beta_fast"),
+    ("YarnScaling", "beta_slow"),
+}
+"""Fields that the config.json of a checkpoint may set, and no published size of the zoo does."""
+
+
+def options(block: Any) -> Iterator[tuple[str, str, str]]:
+    """(block, field, choice) of all that is not left at its default in ``block`` and the blocks in it.
+
+    The choice is the value of a field that lists its values, and ``given`` for others. A default that is one of listed
+    values is used by whoever leaves it.
+    """
+    for field in dataclasses.fields(block):
+        value = getattr(block, field.name)
+        if choices(typing.get_type_hints(type(block))[field.name]):
+            yield type(block).__name__, field.name, str(value)
+        elif value != field.default:
+            yield type(block).__name__, field.name, "given"
+        if dataclasses.is_dataclass(value):
+            yield from options(value)
+
+
+def choices(hint: Any) -> tuple[str, ...]:
+    """The values of a ``Literal``, alone or beside ``None``."""
+    arms = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return tuple(value for arm in arms if typing.get_origin(arm) is Literal for value in typing.get_args(arm))
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported(repository: Path) -> None:
