@@ -65,8 +65,7 @@ def layout_of(one: Estimate) -> str:
 def explain(work: Workload) -> list[tuple[str, float]]:
     """(what is assumed, seconds of a step), each line with the assumptions of those before."""
     own = search(work).fitting[0]
-    reduced = search(work, reduce_each=True).fitting[0]
-    hidden = reduced.seconds["optimizer"] + max(reduced.seconds["compute"], reduced.seconds["exposed"])
+    hidden = own.seconds["optimizer"] + max(own.seconds["compute"], own.seconds["exposed"])
     flops = flops_per_token(work)
     kept = flops["whole"] + flops["up-projections"]
     in_fp8 = flops["in bf16"] + (kept - flops["in bf16"]) / FP8_OVER_BF16
@@ -76,7 +75,6 @@ def explain(work: Workload) -> list[tuple[str, float]]:
     micro_batches = work.global_batch / (work.gpus / STAGES)
     return [
         (f"zoo plan: {layout_of(own)}", own.step_seconds),
-        (f"gradients summed each micro-batch: {layout_of(reduced)}", reduced.step_seconds),
         ("tokens travel behind computation", hidden),
         ("up-projections alone recomputed, no tensor ranks", seconds_of(work, kept)),
         ("fp8, but for attention, routers and head", seconds_of(work, in_fp8)),

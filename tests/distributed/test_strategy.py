@@ -89,6 +89,15 @@ def test_a_run_in_any_layout_is_that_of_one_process(
 
 
 @pytest.mark.slow
+def test_gradients_may_be_summed_after_every_micro_batch(fit_config: Path, tmp_path: Path, repository: Path) -> None:
+    more = ("--trainer.max_steps", "6", "--trainer.accumulate_grad_batches", "2")
+    assert fit(arguments(fit_config, tmp_path / "alone", None, *more)) == 0
+    more += ("--parallel.reduce_every_micro_batch", "true")
+    run_fit(arguments(fit_config, tmp_path / "spread", "fsdp2_ep2", *more), repository)
+    assert_same_run(tmp_path / "spread", tmp_path / "alone")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "layout"), [("bf16-true", "fsdp2"), ("bf16-mixed", "ep2")])
 def test_half_precision_is_that_of_one_process_within_its_rounding(
     fit_config: Path, tmp_path: Path, repository: Path, precision: str, layout: str

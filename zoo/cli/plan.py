@@ -152,7 +152,7 @@ def _ranking(work: Workload, estimates: Sequence[Estimate]) -> str:
     from zoo.cli.text import columns
     from zoo.parallel.estimate import gpu_hours_per_trillion, utilisation
 
-    head = ["plan", "replicate", "shard", "tensor", "expert", "hops", "batch", "recompute", "reshard"]
+    head = ["plan", "replicate", "shard", "tensor", "expert", "hops", "batch", "recompute", "reshard", "reduce"]
     rows = [[*head, "memory", "step", "tokens/s/GPU", "MFU", "GPU h/T tokens"]]
     for one in estimates:
         sizes, setting = one.layout.sizes, one.setting
@@ -165,6 +165,7 @@ def _ranking(work: Workload, estimates: Sequence[Estimate]) -> str:
                 f"{setting.micro_batches} x {setting.micro_batch}",
                 setting.recompute,
                 "yes" if setting.reshard else "no",
+                "each" if setting.reduce_each else "last",
                 f"{one.total_memory / 1e9:.1f} GB",
                 _seconds(one.step_seconds),
                 f"{work.tokens / one.step_seconds / work.gpus:,.0f}",

@@ -103,7 +103,7 @@ class Setting:
     reshard: bool
     """Whether gathered parameters are freed between the forward and the backward pass."""
     reduce_each: bool = False
-    """Whether gradients are reduced after every micro-batch (``grads.set_last_micro_batch``), or after the last."""
+    """Whether gradients are reduced after every micro-batch (``reduce_every_micro_batch``), or after the last."""
 
 
 @dataclass(frozen=True)

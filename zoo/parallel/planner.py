@@ -49,7 +49,6 @@ def search(
     work: Workload,
     only: tuple[str, Sizes] | None = None,
     track: Callable[[list[Sizes], str], Iterable[Sizes]] = lambda sizes, plan: sizes,
-    reduce_each: bool = False,
 ) -> Result:
     """Consider every layout of ``work.gpus`` ranks.
 
@@ -57,7 +56,6 @@ def search(
         work: What is trained, on what.
         only: One plan (a name or a YAML file) with given sizes, instead of all plans that come with the zoo.
         track: Called with the sizes and the name of each plan; what it hands on may show progress.
-        reduce_each: As if gradients were reduced after every micro-batch, which ``zoo fit`` does not.
 
     Raises:
         ValueError: ``only`` names no plan.
@@ -71,7 +69,7 @@ def search(
             result.rejected.append(Rejected(name, {}, "plan", str(error)))
             continue
         for sizes in track(list(_candidates(plan, rules, work.gpus)) if only is None else [only[1]], name):
-            outcome = _consider(work, name, plan, sizes, units, rules, reduce_each)
+            outcome = _consider(work, name, plan, sizes, units, rules)
             if isinstance(outcome, Estimate):
                 result.fitting.append(outcome)
             else:
@@ -103,7 +101,7 @@ def _candidates(plan: Plan, rules: ResolvedPlan, world: int) -> Iterator[Sizes]:
 
 
 def _consider(
-    work: Workload, name: str, plan: Plan, wanted: Sizes, units: Units, rules: ResolvedPlan, reduce_each: bool
+    work: Workload, name: str, plan: Plan, wanted: Sizes, units: Units, rules: ResolvedPlan
 ) -> Estimate | Rejected:
     """The fastest setting of one layout that fits, or why there is none."""
     try:
@@ -115,7 +113,7 @@ def _consider(
         reason = f"{work.global_batch} sequences a step are not divisible by {sizes.data} data ranks"
         return Rejected(name, wanted, "batch", reason)
     held = holdings(work.config, units, sizes, work.precision)
-    settings = {setting: peak_memory(work, sizes, held, setting) for setting in _settings(work, sizes, reduce_each)}
+    settings = {setting: peak_memory(work, sizes, held, setting) for setting in _settings(work, sizes)}
     limit = USABLE_MEMORY * work.gpu.memory
     fitting = [
         estimate(work, Layout(name, sizes), units, held, setting, memory)
@@ -133,9 +131,10 @@ def _consider(
     return Rejected(name, wanted, "memory", reason, needed)
 
 
-def _settings(work: Workload, sizes: MeshSizes, reduce_each: bool) -> Iterator[Setting]:
+def _settings(work: Workload, sizes: MeshSizes) -> Iterator[Setting]:
     local = work.global_batch // sizes.data
     for micro_batch in divisors(local):
         for recompute in RECOMPUTE if work.config.moe else ("none", "block"):
             for reshard in (True, False) if sizes.world > 1 else (True,):
-                yield Setting(micro_batch, local // micro_batch, recompute, reshard, reduce_each)
+                for reduce_each in (False, True) if micro_batch < local else (False,):
+                    yield Setting(micro_batch, local // micro_batch, recompute, reshard, reduce_each)

@@ -42,6 +42,8 @@ class MoEParallelStrategy(ModelParallelStrategy):
         compile_backend: ``torch.compile`` every block with this backend.
         ranks_per_node: Neighbouring ranks that share fast links; experts over several such nodes are reached in two
             hops. By default the processes of one machine.
+        reduce_every_micro_batch: Under accumulation, sum gradients over ranks after every micro-batch, not after the
+            last: more communication, and gradients are never held in the size of the gathered parameters.
         async_save: Go on training while a checkpoint is written, from a copy of this rank's part of it in host memory.
         timeout: Seconds after which a collective that some rank does not join is an error.
     """
@@ -59,6 +61,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
         reshard_after_forward: bool = True,
         compile_backend: str | None = None,
         ranks_per_node: int | None = None,
+        reduce_every_micro_batch: bool = False,
         async_save: bool = True,
         timeout: float = 600.0,
     ) -> None:
@@ -77,6 +80,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
         )
         self._meshes: Meshes | None = None
         self._watch: Watch | None = None
+        self._reduce_every_micro_batch = reduce_every_micro_batch
         self._async_save = async_save
         self._saver: sharded.Saver | None = None
 
@@ -129,16 +133,18 @@ class MoEParallelStrategy(ModelParallelStrategy):
             self._watch.end()
         super().teardown()
 
-    def build_model(self, config: ModelConfig, seed: int, source: Path | None, dtype: torch.dtype) -> Decoder:
+    def build_model(self, config: ModelConfig, seed: int, source: Path | None, precision: str) -> Decoder:
         """The spread decoder with the weights of ``seed`` or of the checkpoint ``source``; no rank ever holds it whole.
+
+        ``bf16-mixed`` gathers in bf16 what is kept in fp32, ``bf16-true`` keeps it in bf16; both sum gradients in fp32.
 
         Raises:
             ValueError: the plan or the sizes do not fit the model, or the checkpoint is of another one.
         """
+        # Cast before it is spread: FSDP's buffers have the dtype that it found.
         with torch.device("meta"):
-            model = Decoder(config).to(dtype)
-        # Parameters in half precision: their gradients are still summed over ranks in fp32.
-        half = None if dtype == torch.float32 or self.world_size == 1 else dtype
+            model = Decoder(config).to(torch.bfloat16 if precision == "bf16-true" else torch.float32)
+        half = torch.bfloat16 if precision.startswith("bf16") and self.world_size > 1 else None
         options = dataclasses.replace(self.options, param_dtype=half)
         if options.ranks_per_node is None:
             options = dataclasses.replace(options, ranks_per_node=self.num_processes)
@@ -159,8 +165,8 @@ class MoEParallelStrategy(ModelParallelStrategy):
         return grads.all_finite(values)
 
     def set_last_micro_batch(self, model: nn.Module, last: bool) -> None:
-        """Reduce gradients in the next backward pass only if it is the ``last`` of the step."""
-        grads.set_last_micro_batch(model, last)
+        """Say whether the next backward pass is the ``last`` of the step: gradients wait for it to be reduced."""
+        grads.set_last_micro_batch(model, last or self._reduce_every_micro_batch)
 
     # -------------------------------------------------------------------------------------------------------------
     # Checkpoints (``zoo.parallel.checkpoint``)

@@ -139,9 +139,8 @@ class ZooModule(LightningModule):
         if self.model is not None:
             return
         if self.parallel is not None:
-            # Cast before it is spread: FSDP's buffers have the dtype that it found.
-            dtype = torch.bfloat16 if self.trainer.precision == "bf16-true" else torch.float32
-            self.model = self.parallel.build_model(self.spec.model, self.seed, self.checkpoint, dtype)
+            precision = str(self.trainer.precision)
+            self.model = self.parallel.build_model(self.spec.model, self.seed, self.checkpoint, precision)
         elif self.checkpoint is None:
             self.model = build(self.spec.model, self.seed)
         else:

@@ -29,8 +29,7 @@ RESUMABLE_CHANGES = (
     *("trainer.accelerator", "trainer.strategy", "trainer.devices", "trainer.num_nodes"),
     *("parallel.tensor", "parallel.expert", "parallel.replicate", "parallel.timeout", "parallel.recompute"),
     *("parallel.overlap_shared_experts", "parallel.reshard_after_forward", "parallel.compile_backend"),
-    "parallel.ranks_per_node",
-    "parallel.async_save",
+    *("parallel.ranks_per_node", "parallel.reduce_every_micro_batch", "parallel.async_save"),
 )
 """Keys (or their beginnings) that may differ when a run resumes: they do not change what it computes, except that sums
 over another number of processes are rounded differently."""
