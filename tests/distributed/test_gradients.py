@@ -188,8 +188,8 @@ def test_half_precision_gradients_are_summed_in_fp32(pools: Pools, layout: Layou
 def test_half_precision_trains_as_on_one_process(pools: Pools, model: str, layout: str) -> None:
     """Everything in bf16, as with ``bf16-true``: losses of five steps within the spacing of its numbers, 2^-7.
 
-    At the rate of ``configs/train``: with ten times that, steps of AdamW are as large as bf16 weights, and rounding decides
-    where the run goes.
+    At the rate of ``configs/train``: with ten times that, AdamW's steps are as large as weights, and rounding decides
+    where a run in bf16 goes.
     """
     run = Run(model, accumulate=2, lr=1e-3, dtype=torch.bfloat16)
     expected = train_alone(run, LAYOUTS[layout].data)["loss"]
