@@ -6,17 +6,23 @@ thread of the test process is copied into it.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing as mp
 import os
+import signal
 import tempfile
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 TIMEOUT = 20.0
 """Seconds after which a collective that a rank does not join is an error."""
+
+PATIENCE = 90.0
+"""Seconds for an answer: on a busy machine one may be slow, and a rank that others wait for is told by their errors."""
 
 
 class WorkerPool:
@@ -40,12 +46,7 @@ class WorkerPool:
             self._start()
         for _, connection in self._workers:
             connection.send((function, args, kwargs))
-        answers = self._collect()
-        failed = [f"rank {rank}:\n{text}" for rank, (good, text) in enumerate(answers) if not good]
-        if failed:
-            self.close()
-        assert not failed, "\n".join(failed)
-        return [result for _, result in answers]
+        return self._results()
 
     @property
     def pids(self) -> list[int]:
@@ -70,6 +71,16 @@ class WorkerPool:
             process.start()
             theirs.close()
             self._workers.append((process, ours))
+        # The clock of the first test does not start before all have met.
+        self._results()
+
+    def _results(self) -> list[Any]:
+        answers = self._collect()
+        failed = [f"rank {rank}:\n{text}" for rank, (good, text) in enumerate(answers) if not good]
+        if failed:
+            self.close()
+        assert not failed, "\n".join(failed)
+        return [result for _, result in answers]
 
     def _collect(self) -> list[tuple[bool, Any]]:
         answers: dict[int, tuple[bool, Any]] = {}
@@ -77,7 +88,7 @@ class WorkerPool:
         failed = False
         while waiting:
             # A rank that failed leaves the others waiting for it: they get a moment to notice.
-            ready = wait(list(waiting), timeout=3.0 if failed else 2 * TIMEOUT)
+            ready = wait(list(waiting), timeout=3.0 if failed else PATIENCE)
             for connection in ready:
                 assert isinstance(connection, Connection)
                 rank = waiting.pop(connection)
@@ -87,19 +98,29 @@ class WorkerPool:
                     answers[rank] = (False, "the process died")
                 failed = failed or not answers[rank][0]
             if not ready:
+                if not failed:
+                    self._print_stacks(waiting.values())
                 answers |= {rank: (False, "gave no answer") for rank in waiting.values()}
                 break
         return [answers[rank] for rank in range(self._world)]
 
+    def _print_stacks(self, ranks: Iterable[int]) -> None:
+        """What ranks without an answer do, to standard error."""
+        for rank in ranks:
+            os.kill(self.pids[rank], signal.SIGUSR1)
+        time.sleep(1.0)
+
 
 def _serve(connection: Connection, store: str, rank: int, world: int) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    faulthandler.register(signal.SIGUSR1)
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     timeout = timedelta(seconds=TIMEOUT)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
+    connection.send((True, None))
     while True:
         try:
             function, args, kwargs = connection.recv()
