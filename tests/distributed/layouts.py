@@ -23,7 +23,7 @@ from zoo.parallel.apply import ParallelOptions, parallelize
 from zoo.parallel.grads import clip_gradients, global_norm, set_last_micro_batch, sum_over_data
 from zoo.parallel.mesh import Meshes, build_meshes
 from zoo.parallel.plan import load_plan
-from zoo.parallel.torch_private import gathered
+from zoo.parallel.torch_private import gathered, local_slices
 
 _BASE = {
     "vocab_size": 37,
@@ -169,7 +169,8 @@ class Run:
 
 
 Result = dict[str, np.ndarray]
-"""``loss``, ``norm`` [steps] and ``param/…``, ``grad/…``, ``exp_avg/…``, ``exp_avg_sq/…``, ``buffer/…`` at the end."""
+"""``loss``, ``norm`` [steps], ``load`` [steps, L, E]; ``param/…``, ``grad/…``, ``exp_avg/…``, ``exp_avg_sq/…`` and
+``buffer/…`` at the end."""
 
 
 def batch(vocab_size: int, step: int, data_rank: int, micro: int) -> Batch:
@@ -203,12 +204,10 @@ def train(
     """Train on the batches of ``data_ranks``, one micro-batch after the other."""
     make = batches or (lambda step, rank, micro: batch(model.config.vocab_size, step, rank, micro))
     routers = [m for m in model.modules() if isinstance(m, Router)]
-    for router in routers:
-        if run.idle:
-            assert router.bias is not None
-            router.bias[list(run.idle)] = -100.0
+    if run.idle:
+        _keep_idle(model, routers, list(run.idle))
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=0.1)
-    losses, norms = [], []
+    losses, norms, loads = [], [], []
     for step in range(run.steps):
         micros = [make(step, rank, micro) for micro in range(run.accumulate) for rank in data_ranks]
         labels = reduce(torch.stack([(y != -100).sum() for _, y in micros]).sum())
@@ -223,14 +222,43 @@ def train(
         if run.max_norm is not None:
             clip_gradients(model.parameters(), run.max_norm, norm)
         optimizer.step()
+        loads.append(reduce(counts))
         if run.bias_rate:
-            for router, count in zip(routers, reduce(counts), strict=True):
+            for router, count in zip(routers, loads[-1], strict=True):
                 update_selection_bias(router.bias, count, run.bias_rate)
         losses.append(reduce(total).item())
         norms.append(norm.item())
         if step < run.steps - 1:
             optimizer.zero_grad()
-    return {"loss": np.array(losses), "norm": np.array(norms)} | snapshot(model, optimizer)
+    measured = {"loss": np.array(losses), "norm": np.array(norms), "load": torch.stack(loads).numpy()}
+    return measured | snapshot(model, optimizer)
+
+
+@torch.no_grad()
+def _keep_idle(model: Decoder, routers: list[Router], experts: list[int]) -> None:
+    """Make the router choose none of ``experts``, whatever the tokens are.
+
+    Where it has no bias for the selection, all tokens get a component in common, which the experts' rows oppose.
+    """
+    if all(router.bias is not None for router in routers):
+        for router in routers:
+            router.bias[experts] = -100.0
+        return
+    embedding = torch.from_numpy(whole(model.embed_tokens.weight))
+    embedding[:, 0] = 2.0
+    _fill(model.embed_tokens.weight, embedding)
+    for router in routers:
+        rows = torch.from_numpy(whole(router.weight))
+        rows[experts] = 0.0
+        rows[experts, 0] = -100.0
+        _fill(router.weight, rows)
+
+
+def _fill(parameter: Tensor, values: Tensor) -> None:
+    if isinstance(parameter, DTensor):
+        parameter.to_local().copy_(values[local_slices(parameter)])
+    else:
+        parameter.copy_(values)
 
 
 def whole(tensor: Tensor) -> np.ndarray:
