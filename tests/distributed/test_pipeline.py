@@ -17,8 +17,8 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import MODELS, PLAIN, Layout, Result, meshes_of, snapshot, whole
-from pool import Pools
+from layouts import LAYOUTS, MODELS, PLAIN, Layout, Result, Run, meshes_of, snapshot, train_alone, train_parallel, whole
+from pool import Pools, WorkerPool
 from torch import Tensor, nn
 
 from zoo.config import ModelConfig, ModelSpec
@@ -173,6 +173,24 @@ def check(pools: Pools, name: str, layout: Layout, settings: Settings = TWO, opt
 @pytest.mark.parametrize("name", ["mixtral", "deepseek-v3"])
 def test_stages_train_as_one_process(pools: Pools, name: str, layout: Layout) -> None:
     check(pools, name, layout)
+
+
+def train_after_stages(name: str) -> Result:
+    """In a layout whose tensor mesh is equal to that of the stages, which know other shapes on each rank."""
+    train(name, PP2_TP2)
+    return train_parallel(Run(name, steps=2), LAYOUTS["tp2_ep2"])
+
+
+def test_a_process_may_use_one_layout_after_the_other() -> None:
+    pool = WorkerPool(4)
+    try:
+        results = pool.run(train_after_stages, "deepseek-v3")
+    finally:
+        pool.close()
+    expected = train_alone(Run("deepseek-v3", steps=2), LAYOUTS["tp2_ep2"].data)
+    for result in results:
+        for key, values in expected.items():
+            np.testing.assert_allclose(result[key], values, rtol=1e-10, atol=1e-10, err_msg=key)
 
 
 INTERLEAVED: Settings = {"schedule": "interleaved_1f1b", "stages_per_rank": 2}

@@ -35,23 +35,27 @@ def global_norm(parameters: Iterable[nn.Parameter], pipeline: DeviceMesh | None 
     Every rank calls it; the result is a scalar that is equal on all ranks that hold the same data, up to a gradient
     that is not finite on some rank only (see ``all_finite``).
     """
-    parts: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = defaultdict(list)
+    # By ranks, not by process group: DTensor remembers the result of an operation by the value of its mesh. Where a
+    # process has used several layouts it may return an equal mesh with other groups, and not so on every rank.
+    parts: dict[tuple[tuple[int, ...], ...], list[Tensor]] = defaultdict(list)
+    groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
     for parameter in parameters:
         gradient = parameter.grad
         if isinstance(gradient, DTensor):
             mesh, placements = gradient.device_mesh, gradient.placements
             # Not `is_shard`: FSDP over tensor parallelism has a placement of its own.
-            split = (dim for dim, placement in enumerate(placements) if not placement.is_replicate())
-            groups = tuple(mesh.get_group(dim) for dim in split)
-            parts[groups].append(gradient.to_local())
+            split = [mesh.get_group(dim) for dim, placement in enumerate(placements) if not placement.is_replicate()]
+            over = [tuple(dist.get_process_group_ranks(group)) for group in split]
+            groups = dict(zip(over, split, strict=True)) | groups
+            parts[tuple(over)].append(gradient.to_local())
         elif gradient is not None:
             parts[()].append(gradient)
     total = torch.zeros(())
-    for groups, gradients in parts.items():
+    for ranks, gradients in parts.items():
         wide = torch.promote_types(gradients[0].dtype, torch.float32)
         square = torch.nn.utils.get_total_norm([g.to(wide) for g in gradients]).square()
-        for group in groups:
-            dist.all_reduce(square, group=group)
+        for together in ranks:
+            dist.all_reduce(square, group=groups[together])
         total = total.to(square) + square
     if pipeline is not None:
         dist.all_reduce(total, group=pipeline.get_group())
