@@ -138,7 +138,9 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(
         torchrun = subprocess.Popen(command, cwd=repository, stdout=log, stderr=log, env=environment, text=True)
     try:
         wait_until(lambda: latest_step(run) >= 3, 100, "three checkpoints")
-        os.kill(ranks_of(torchrun)[1], signal.SIGKILL)
+        survivor, victim = ranks_of(torchrun)
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: not alive(survivor), 60, "the end of the other rank")
         assert torchrun.wait(timeout=150) == 0, (tmp_path / "log").read_text()
     finally:
         torchrun.terminate()
