@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pool import TIMEOUT
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -23,7 +25,7 @@ from zoo.parallel.apply import ParallelOptions, parallelize
 from zoo.parallel.grads import clip_gradients, global_norm, set_last_micro_batch, sum_over_data
 from zoo.parallel.mesh import Meshes, build_meshes
 from zoo.parallel.plan import load_plan
-from zoo.parallel.torch_private import gathered, local_slices
+from zoo.parallel.torch_private import gathered, local_slices, set_timeout
 
 _BASE = {
     "vocab_size": 37,
@@ -134,7 +136,9 @@ def meshes_of(layout: Layout) -> Meshes:
         expert=layout.expert,
         replicate=layout.replicate,
     )
-    return build_meshes("cpu", sizes)
+    meshes = build_meshes("cpu", sizes)
+    set_timeout(timedelta(seconds=TIMEOUT))
+    return meshes
 
 
 PLAIN = ParallelOptions()

@@ -18,7 +18,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 """Seconds after which a collective that a rank does not join is an error."""
 
 PATIENCE = 90.0

@@ -21,6 +21,7 @@ from zoo.parallel.apply import ParallelOptions, parallelize
 from zoo.parallel.mesh import Meshes, MeshSizes, build_meshes
 from zoo.parallel.plan import Plan, load_plan
 from zoo.parallel.supervise import MEETING_SECONDS, Launcher, Watch, end_process
+from zoo.parallel.torch_private import set_timeout
 from zoo.parallel.weights import load_weights
 
 
@@ -149,6 +150,8 @@ class MoEParallelStrategy(ModelParallelStrategy):
         if options.ranks_per_node is None:
             options = dataclasses.replace(options, ranks_per_node=self.num_processes)
         parallelize(model, self.meshes, self.plan, options)
+        assert self._timeout is not None
+        set_timeout(self._timeout)
         model.to_empty(device=self.root_device)
         if source is None:
             init.initialize(model, seed)

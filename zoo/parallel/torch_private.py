@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -69,6 +70,15 @@ class _Waited(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return grads[0]
+
+
+def set_timeout(timeout: timedelta) -> None:
+    """Let every collective fail that some rank does not join within ``timeout``, in all groups that there are now.
+
+    A mesh makes its groups with the 30 minutes that are torch's own, whatever the world was given.
+    """
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def collectives_begun() -> int:
