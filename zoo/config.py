@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from zoo.config_checks import validate
 from zoo.files import write_text
 
 CONFIG_FILE = "zoo.yaml"
@@ -204,7 +205,7 @@ class ModelConfig:
         return moe is not None and layer >= moe.first_k_dense and (layer + 1) % moe.layer_interval == 0
 
     def __post_init__(self) -> None:
-        _validate(self)
+        validate(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,185 +239,6 @@ class ModelSpec:
     """Paper or release that the sizes were taken from."""
     published: Published | None = None
     """The sizes that it prints; the model's card stands beside them."""
-
-
-def _validate(c: ModelConfig) -> None:
-    """Raise ``ValueError`` naming the field, its value and the fix."""
-    sizes = ("vocab_size", "hidden_size", "num_layers", "intermediate_size", "max_position_embeddings")
-    for field in sizes:
-        _require(getattr(c, field) >= 1, field, getattr(c, field), "give a positive integer")
-    _require(c.norm_eps > 0, "norm_eps", c.norm_eps, "give a positive number such as 1e-6")
-    _require(
-        (c.attention is None) != (c.mla is None),
-        "attention / mla",
-        "both" if c.attention else "neither",
-        "give exactly one of the two blocks",
-    )
-    _require(
-        c.embedding_multiplier is None or c.embedding_multiplier > 0,
-        "embedding_multiplier",
-        c.embedding_multiplier,
-        "give a positive factor, or null for none",
-    )
-    _require(
-        c.logit_softcap is None or c.logit_softcap > 0, "logit_softcap", c.logit_softcap, "give a positive cap, or null"
-    )
-    _require(c.moe is None or c.ffn == "swiglu", "ffn", c.ffn, "routed experts are swiglu; use that, or drop moe")
-    if c.attention:
-        _validate_attention(c.attention)
-    if c.mla:
-        _require(
-            c.mla.qk_rope_head_dim % 2 == 0, "mla.qk_rope_head_dim", c.mla.qk_rope_head_dim, "rotary needs an even size"
-        )
-    _validate_rope(c.rope)
-    if c.moe:
-        _validate_moe(c.moe, c.num_layers)
-
-
-def _validate_rope(r: RopeConfig) -> None:
-    _require(r.theta > 0, "rope.theta", r.theta, "give a positive number such as 10000.0")
-    scalings = [(n, getattr(r, n)) for n in ("linear", "llama3", "yarn") if getattr(r, n) is not None]
-    _require(len(scalings) <= 1, "rope", " + ".join(n for n, _ in scalings), "give at most one scaling")
-    for name, scaling in scalings:
-        _require(scaling.factor >= 1, f"rope.{name}.factor", scaling.factor, "give how many times longer, at least 1")
-        if not isinstance(scaling, LinearScaling):
-            length = scaling.original_max_position
-            _require(length >= 1, f"rope.{name}.original_max_position", length, "give a positive number of tokens")
-    if r.llama3:
-        low, high = r.llama3.low_freq_factor, r.llama3.high_freq_factor
-        _require(
-            0 < low <= high, "rope.llama3.low_freq_factor", low, f"it must lie between 0 and high_freq_factor = {high}"
-        )
-    if r.yarn:
-        fast, slow = r.yarn.beta_fast, r.yarn.beta_slow
-        _require(fast > slow > 0, "rope.yarn.beta_slow", slow, f"it must lie between 0 and beta_fast = {fast}")
-
-
-def _validate_attention(a: AttentionConfig) -> None:
-    kinds = [n for n in ("logit_softcap", "sinks", "clip_qkv", "interleaved_rope") if getattr(a, n)]
-    _require(len(kinds) <= 1, "attention", " + ".join(kinds), "give at most one of these")
-    _require(
-        a.clip_qkv is None or a.clip_qkv > 0,
-        "attention.clip_qkv",
-        a.clip_qkv,
-        "give a positive bound, or null for none",
-    )
-    _require(a.num_heads >= 1, "attention.num_heads", a.num_heads, "give a positive integer")
-    _require(a.num_kv_heads >= 1, "attention.num_kv_heads", a.num_kv_heads, "give a positive integer")
-    _require(
-        a.num_heads % a.num_kv_heads == 0,
-        "attention.num_kv_heads",
-        a.num_kv_heads,
-        f"it must divide num_heads = {a.num_heads}",
-    )
-    _require(a.head_dim % 2 == 0, "attention.head_dim", a.head_dim, "rotary needs an even size")
-    if a.interleaved_rope:
-        _require(a.sliding_window is None, "attention.sliding_window", a.sliding_window, "chunks take its place; null")
-        _validate_interleaved_rope(a.interleaved_rope)
-    _require(
-        a.sliding_window is None or a.sliding_window >= 1,
-        "attention.sliding_window",
-        a.sliding_window,
-        "give a positive number of tokens, or null for full attention",
-    )
-    _require(
-        a.full_attention_interval is None or (a.full_attention_interval >= 2 and a.sliding_window is not None),
-        "attention.full_attention_interval",
-        a.full_attention_interval,
-        "give 2 or more with a sliding_window, or null for equal layers",
-    )
-    _require(
-        a.query_scale_dim is None or a.query_scale_dim >= 1,
-        "attention.query_scale_dim",
-        a.query_scale_dim,
-        "give a positive integer, or null for head_dim",
-    )
-    _require(
-        a.logit_softcap is None or a.logit_softcap > 0,
-        "attention.logit_softcap",
-        a.logit_softcap,
-        "give a positive cap, or null for none",
-    )
-
-
-def _validate_interleaved_rope(r: InterleavedRopeConfig) -> None:
-    for field, least in (("full_attention_interval", 2), ("chunk_size", 1), ("temperature_floor", 1)):
-        value = getattr(r, field)
-        _require(value >= least, f"attention.interleaved_rope.{field}", value, f"give {least} or more")
-
-
-def _validate_moe(m: MoEConfig, num_layers: int) -> None:
-    _require(m.num_experts >= 1, "moe.num_experts", m.num_experts, "give a positive integer")
-    _require(m.moe_intermediate_size >= 1, "moe.moe_intermediate_size", m.moe_intermediate_size, "give a positive size")
-    _require(
-        1 <= m.top_k <= m.num_experts,
-        "moe.top_k",
-        m.top_k,
-        f"it must be between 1 and num_experts = {m.num_experts}",
-    )
-    _require(
-        not (m.top_k == 1 and m.norm_topk_prob),
-        "moe.top_k",
-        1,
-        "with norm_topk_prob = true the only weight is always 1 and the router gets no gradient from the "
-        "language-model loss; set norm_topk_prob: false or top_k >= 2",
-    )
-    _require(
-        m.num_groups >= 1 and m.num_experts % m.num_groups == 0,
-        "moe.num_groups",
-        m.num_groups,
-        f"it must divide num_experts = {m.num_experts}",
-    )
-    _require(
-        1 <= m.top_k_groups <= m.num_groups,
-        "moe.top_k_groups",
-        m.top_k_groups,
-        f"it must be between 1 and num_groups = {m.num_groups}",
-    )
-    group_size = m.num_experts // m.num_groups
-    _require(
-        m.top_k <= m.top_k_groups * group_size,
-        "moe.top_k",
-        m.top_k,
-        f"top_k_groups = {m.top_k_groups} groups hold only {m.top_k_groups * group_size} experts",
-    )
-    _require(
-        m.group_score != "top2_sum" or group_size >= 2,
-        "moe.group_score",
-        m.group_score,
-        f"groups of {group_size} expert have no two best scores; use max",
-    )
-    _require(
-        m.swiglu_limit is None or m.swiglu_limit > 0,
-        "moe.swiglu_limit",
-        m.swiglu_limit,
-        "give a positive limit, or null for experts without biases and limit",
-    )
-    _require(m.num_shared_experts >= 0, "moe.num_shared_experts", m.num_shared_experts, "give 0 or more")
-    _require(
-        not m.shared_expert_gate or m.num_shared_experts > 0,
-        "moe.shared_expert_gate",
-        True,
-        "there is no shared expert to gate; set num_shared_experts >= 1",
-    )
-    _require(not (m.scaled_input and m.top_k > 1), "moe.scaled_input", True, "only one expert takes it; set top_k: 1")
-    _require(
-        1 <= m.layer_interval <= num_layers,
-        "moe.layer_interval",
-        m.layer_interval,
-        f"at least one of the {num_layers} layers must be MoE; give a number from 1 to {num_layers}",
-    )
-    _require(
-        0 <= m.first_k_dense < num_layers,
-        "moe.first_k_dense",
-        m.first_k_dense,
-        f"at least one of the {num_layers} layers must be MoE; drop the moe block for a dense model",
-    )
-
-
-def _require(holds: bool, field: str, value: Any, fix: str) -> None:
-    if not holds:
-        raise ValueError(f"{field} = {value}: {fix}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
