@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import signal
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
-from pool import TIMEOUT, WorkerPool
 from test_strategy import arguments
 from test_survival import TwoRanks, wait_until
-
-from zoo.parallel.mesh import MeshSizes, build_meshes
-from zoo.parallel.torch_private import set_timeout
 
 ENDLESS = ("--trainer.max_steps", "1000000", "--trainer.val_check_interval", "1000000")
 
@@ -71,23 +64,3 @@ def test_a_stopped_rank_is_named(fit_config: Path, tmp_path: Path, repository: P
     assert code == 1
     assert f"rank 1 (process {ranks.pids[1]} on " in output
     assert "no sign of life for 15 s" in output
-
-
-def wait_in_vain() -> float:
-    """Seconds that rank 0 waits in a group of a mesh for rank 1, which does not come."""
-    group = build_meshes("cpu", MeshSizes(data_shard=2)).data.get_group()
-    set_timeout(timedelta(seconds=1))
-    began = time.monotonic()
-    if dist.get_rank() == 0:
-        with pytest.raises(RuntimeError):
-            dist.all_reduce(torch.ones(1), group=group)
-    return time.monotonic() - began
-
-
-def test_the_groups_of_a_mesh_have_the_timeout_of_the_run() -> None:
-    pool = WorkerPool(2)
-    try:
-        seconds, _ = pool.run(wait_in_vain)
-    finally:
-        pool.close()
-    assert 1 <= seconds < TIMEOUT

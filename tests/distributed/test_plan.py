@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import MODELS, Layout, make_parallel
-from pool import Pools
+from pool import TIMEOUT, Pools, WorkerPool
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -20,7 +22,7 @@ from zoo.parallel.apply import check_sizes, parallelize
 from zoo.parallel.expert_parallel import most_destinations
 from zoo.parallel.mesh import MeshSizes, build_meshes
 from zoo.parallel.plan import Plan, TensorRule, load_plan, plan_names, resolve
-from zoo.parallel.torch_private import unflatten
+from zoo.parallel.torch_private import set_timeout, unflatten
 from zoo.registry import find_spec, model_names
 
 
@@ -184,6 +186,26 @@ def unflattened() -> tuple[list[list[int]], bool]:
 
 def test_unflatten_gives_two_views_of_one_mesh(pools: Pools) -> None:
     assert pools[4].run(unflattened) == [([[0, 1], [2, 3]], True)] * 4
+
+
+def wait_in_vain() -> float:
+    """Seconds that rank 0 waits in a group of a mesh for rank 1, which does not come."""
+    group = build_meshes("cpu", MeshSizes(data_shard=2)).data.get_group()
+    set_timeout(timedelta(seconds=1))
+    began = time.monotonic()
+    if dist.get_rank() == 0:
+        with pytest.raises(RuntimeError):
+            dist.all_reduce(torch.ones(1), group=group)
+    return time.monotonic() - began
+
+
+def test_the_groups_of_a_mesh_have_the_timeout_of_the_run() -> None:
+    pool = WorkerPool(2)  # of its own: its groups are broken afterwards
+    try:
+        seconds, _ = pool.run(wait_in_vain)
+    finally:
+        pool.close()
+    assert 1 <= seconds < TIMEOUT
 
 
 def wrong_world() -> str:
