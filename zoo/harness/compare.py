@@ -4,6 +4,7 @@ Everything lands in one directory. What is finished there is not done again, so 
 
 ``study.yaml``          the study as it is run
 ``facts/``              the embedded data set, where the study uses it
+``tasks/``              train rows of evaluation tasks as text, where the study uses them
 ``tokenizer/  data/``   tokenizer and token data
 ``models/<run>/``       ``model.yaml``, ``fit.yaml``, ``fit/`` (the run directory of ``zoo fit``, with the checkpoints
                         evaluated along the way in ``snapshots/``), ``cost.jsonl``, ``evaluation/`` (lm-eval's files)
@@ -30,9 +31,10 @@ from omegaconf import OmegaConf
 from zoo.accounting import training_flops
 from zoo.config import load_yaml, save_spec, to_dict
 from zoo.files import write_text
-from zoo.harness import facts
+from zoo.harness import facts, task_text
+from zoo.harness.entries import Model
 from zoo.harness.snapshots import Snapshots, seconds_file, snapshot_directory
-from zoo.harness.study import Model, Study, resolve_models
+from zoo.harness.study import Study, resolve_models
 from zoo.harness.suites.dataset import MIRROR, TRAINING_TEXT, VALIDATION_TEXT
 from zoo.tokenizer import Tokenizer
 
@@ -102,7 +104,7 @@ def run_study(study: Study, out: Path, data_root: Path | None, notify: Notify, j
     models = resolve_models(study, study.data.vocab_size or Tokenizer.load(str(study.data.tokenizer)).vocab_size)
     task_manager(study.tasks.all, None, None)
     _claim(study, out)
-    data = _prepare_data(study, out, notify)
+    data = _prepare_data(study, out, data_root, notify)
     runs = [Run(m, seed, out / "models" / f"{m.name}-seed{seed}") for seed in study.seeds for m in models]
     _train_all(study, [run for run in runs if not run.checkpoint.exists()], data, notify, jobs)
     points = [(run, step) for run in runs for step in study.training.evaluated_steps]
@@ -130,7 +132,7 @@ def _claim(study: Study, out: Path) -> None:
     write_text(path, content)
 
 
-def _prepare_data(study: Study, out: Path, notify: Notify) -> Path:
+def _prepare_data(study: Study, out: Path, data_root: Path | None, notify: Notify) -> Path:
     """Tokenizer and token data of the study; returns the data directory."""
     from zoo.training.data.builder import build
     from zoo.training.data.sources import Source
@@ -139,7 +141,12 @@ def _prepare_data(study: Study, out: Path, notify: Notify) -> Path:
     data = out / "data"
     if (data / "manifest.json").exists():
         return data
-    training, validation = [Source(path, separator=study.data.separator) for path in study.data.sources], []
+    config, validation = study.data, []
+    training = [Source(path, separator=config.separator, first=config.documents) for path in config.sources]
+    if config.tasks:
+        notify(f"writing train rows of {', '.join(config.tasks)} as text")
+        task_text.write(config.tasks, data_root, out / "tasks")
+        training.append(Source(str(out / "tasks" / TRAINING_TEXT), held_out=False))
     if study.data.facts is not None:
         notify("making the embedded data set")
         facts.write(study.data.facts, out / "facts")
@@ -150,7 +157,13 @@ def _prepare_data(study: Study, out: Path, notify: Notify) -> Path:
         notify("training the tokenizer")
         train_tokenizer(training, study.data.vocab_size, tokenizer)
     notify("tokenising")
-    build(training, Tokenizer.load(tokenizer), data, validation_sources=validation)
+    build(
+        training,
+        Tokenizer.load(tokenizer),
+        data,
+        validation_fraction=config.validation_fraction,
+        validation_sources=validation,
+    )
     return data
 
 

@@ -160,6 +160,17 @@ def task_manager(tasks: Sequence[str], include_path: Path | None, data_root: Pat
     return manager
 
 
+def load_tasks(tasks: Sequence[str], data_root: Path | None) -> dict[str, Any]:
+    """lm-eval's task objects with their data sets, by name; groups are replaced by their members.
+
+    Raises:
+        ValueError: an unknown task, or a data set that is not in the mirror.
+    """
+    with _offline(data_root is not None), _quiet():
+        loaded: dict[str, Any] = dict(task_manager(tasks, None, data_root).load(list(tasks))["tasks"])
+    return loaded
+
+
 def _knows(manager: TaskManager, tasks: Sequence[str]) -> bool:
     """Whether all of ``tasks``, and those that groups among them name, are in the index."""
     for task in tasks:

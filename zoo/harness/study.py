@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from zoo.config import ModelConfig, ModelSpec, from_dict, load_yaml, to_dict
 from zoo.harness.facts import FactsConfig
 from zoo.harness.match import Quantity, match
+from zoo.harness.task_text import TaskRows
 from zoo.registry import find_spec
 
 Skill = Literal["knowledge", "comprehension"]
@@ -27,7 +28,13 @@ class DataConfig:
     facts: FactsConfig | None = None
     """The embedded data set, made on the spot with its evaluation mirror."""
     sources: tuple[str, ...] = ()
-    """Files and hub ids, as ``zoo data build`` takes them; one document in a hundred is held out for perplexity."""
+    """Files and hub ids, as ``zoo data build`` takes them."""
+    documents: int | None = None
+    """Only so many documents of each source, the first; by default all."""
+    validation_fraction: float = 0.01
+    """Part of the documents of ``sources`` that is held out for perplexity."""
+    tasks: dict[str, TaskRows] = field(default_factory=dict)
+    """Evaluation tasks whose train rows are trained on beside ``sources``, by name."""
     separator: str | None = None
     """What ends a document in ``.txt`` sources; by default a file is one document."""
     vocab_size: int | None = None
@@ -40,6 +47,8 @@ class DataConfig:
             raise ValueError("facts / sources: give exactly one of the two")
         if (self.vocab_size is None) == (self.tokenizer is None):
             raise ValueError("vocab_size / tokenizer: give exactly one of the two")
+        if self.facts is not None and self.tasks:
+            raise ValueError("tasks: their train rows stand beside sources, not beside facts; give sources")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,11 +101,12 @@ def _write(
         task = progress.add_task("tokenising", total=total_bytes([source for _, source in given]))
         for split, source in given:
             info = _SourceCounter(split, source)
+            fraction = validation_fraction if source.held_out else 0.0
             for texts in _batches(source, progress, task):
                 info.add(texts)
                 encoded = tokenizer.encode_batch(texts, bos=tokenizer.add_bos, eos=tokenizer.eos_id is not None)
                 for text, ids in zip(texts, encoded, strict=True):
-                    held_out = validation_fraction > 0 and _unit_hash(text) < validation_fraction
+                    held_out = fraction > 0 and _unit_hash(text) < fraction
                     writers["validation" if held_out else split].add(ids, source.name)
             infos.append(info.finish())
         splits = {name: writer.finish() for name, writer in writers.items()}

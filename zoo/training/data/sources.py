@@ -35,12 +35,16 @@ class Source:
         separator: text that ends a document in .txt files (``"\\n"``: every line is one); ``None``: a file is one
             document.
         hub_split: split of a hub data set.
+        first: read only so many documents; ``None``: all.
+        held_out: whether some of its documents may be held out for validation.
     """
 
     location: str
     text_column: str = "text"
     separator: str | None = None
     hub_split: str = "train"
+    first: int | None = None
+    held_out: bool = True
 
     @property
     def name(self) -> str:
@@ -59,10 +63,12 @@ class Source:
             FileNotFoundError: no such file.
             ValueError: an empty or unreadable file, naming the line or the byte offset.
         """
-        found = False
+        found = 0
         for text, size in self._read():
+            if found == self.first:
+                return
             if text.strip():
-                found = True
+                found += 1
                 yield text, size
         if not found:
             raise ValueError(f"{self.location}: holds no text; remove it from the sources")
