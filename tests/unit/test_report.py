@@ -32,7 +32,7 @@ def model(name: str, knowledge: float, comprehension: float, sparse: bool) -> di
     return {
         "name": name,
         "sparse": sparse,
-        "twin_of": None if sparse else "sparse",
+        "twin_of": [] if sparse else ["sparse"],
         "matched_by": None if sparse else "active",
         "config": {},
         "total_parameters": 2_400_000 if sparse else 1_100_000,

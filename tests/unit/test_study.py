@@ -67,7 +67,7 @@ def test_models_are_trained_alike_but_for_the_balance_losses(repository: Path) -
         ({"data": {"facts": {}}}, "vocab_size / tokenizer: give exactly one"),
         ({"tasks": {"knowledge": [], "comprehension": ["boolq"]}}, "knowledge: name at least one task"),
         ({"seeds": [1, 1]}, r"seeds = \[1, 1\]"),
-        ({"models": [{"name": "a"}]}, "model 'a': give exactly one of base and twin"),
+        ({"models": [{"name": "a"}]}, "model 'a': give exactly one of base, variant and twin"),
         ({"models": [{"name": "../a", "base": "mixtral-tiny"}]}, "it names a directory"),
         ({"models": [{"name": "a", "twin": {"of": "b", "by": "active"}}]}, "twin of 'b', which is not among"),
         ({"models": [{"name": "a", "twin": {"of": "b", "by": "size"}}]}, "use one of 'active'"),

@@ -32,8 +32,9 @@ from zoo.accounting import training_flops
 from zoo.config import load_yaml, save_spec, to_dict
 from zoo.files import write_text
 from zoo.harness import facts, task_text
+from zoo.harness.entries import Model
 from zoo.harness.snapshots import Snapshots, seconds_file, snapshot_directory
-from zoo.harness.study import Model, Study, resolve_models
+from zoo.harness.study import Study, resolve_models
 from zoo.harness.suites.dataset import MIRROR, TRAINING_TEXT, VALIDATION_TEXT
 from zoo.tokenizer import Tokenizer
 

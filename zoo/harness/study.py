@@ -1,22 +1,19 @@
-"""A study: which models are trained on which tokens and scored on which tasks. One YAML file of ``configs/studies``.
-
-Dense twins are not written down but found from the sparse model's config (``zoo.harness.match``).
-"""
+"""A study: which models are trained on which tokens and scored on which tasks. One YAML file of ``configs/studies``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from omegaconf import OmegaConf
 
-from zoo.config import ModelConfig, ModelSpec, from_dict, load_yaml, to_dict
+from zoo.config import from_dict, load_yaml
+from zoo.harness.entries import By, EntryConfig, Model, Series, TimeTwin, expand, resolve
 from zoo.harness.facts import FactsConfig
-from zoo.harness.match import Quantity, match
+from zoo.harness.match import DESCRIPTIONS, TOLERANCE, measure
 from zoo.harness.task_text import TaskRows
-from zoo.registry import find_spec
 
 Skill = Literal["knowledge", "comprehension"]
 
@@ -88,34 +85,6 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TwinConfig:
-    """The dense twin of another model of the study."""
-
-    of: str
-    by: Quantity
-
-
-@dataclass(frozen=True, kw_only=True)
-class EntryConfig:
-    """A model: ``base`` with ``overrides``, or a ``twin``."""
-
-    name: str
-    base: str | None = None
-    """Name of ``zoo list`` or path of a model YAML."""
-    overrides: dict[str, Any] = field(default_factory=dict)
-    """Fields of the model that replace those of ``base``, nested as in its YAML."""
-    twin: TwinConfig | None = None
-
-    def __post_init__(self) -> None:
-        if (self.base is None) == (self.twin is None):
-            raise ValueError(f"model {self.name!r}: give exactly one of base and twin")
-        if self.twin and self.overrides:
-            raise ValueError(f"model {self.name!r}: a twin follows from its model; remove the overrides")
-        if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
-            raise ValueError(f"model {self.name!r}: it names a directory; use letters, digits and hyphens")
-
-
-@dataclass(frozen=True, kw_only=True)
 class TasksConfig:
     """Names of lm-eval tasks by what they measure."""
 
@@ -142,30 +111,54 @@ class Study:
     training: TrainingConfig
     models: tuple[EntryConfig, ...]
     tasks: TasksConfig
+    compare: tuple[tuple[str, ...], ...] = ()
+    """Pairs of models, the first against the second. By default each sparse model against each of its dense twins, and
+    each variant against the dense model that it is made from."""
     seeds: tuple[int, ...] = (0,)
     """Every model is trained once with each; a seed fixes the weights and the order of the data."""
     limit: int | None = None
     """Evaluate only the first items of each task."""
 
     def __post_init__(self) -> None:
-        names = [entry.name for entry in self.models]
+        names = [entry.name for entry in self.entries]
         if not self.models:
             raise ValueError("models: name at least one")
         for what, values in (("models", names), ("seeds", list(self.seeds))):
             if len(set(values)) < len(values) or not values:
                 raise ValueError(f"{what} = {values}: give each once, and at least one")
-        for entry in self.models:
-            if entry.twin and entry.twin.of not in names:
-                raise ValueError(f"model {entry.name!r}: twin of {entry.twin.of!r}, which is not among the models")
+        for entry in self.entries:
+            for name in entry.made_from:
+                if name not in names:
+                    kind = "twin" if entry.twin else "variant"
+                    raise ValueError(
+                        f"model {entry.name!r}: {kind} of {name!r}, which is not among the models: {', '.join(names)}"
+                    )
+        for pair in self.compare:
+            if len(pair) != 2 or pair[0] == pair[1]:
+                raise ValueError(f"compare: {list(pair)} is no pair; give two models")
+            for name in pair:
+                if name not in names:
+                    raise ValueError(f"compare: {name!r} is not among the models: {', '.join(names)}")
+
+    @property
+    def entries(self) -> tuple[EntryConfig, ...]:
+        """The models, sweeps expanded."""
+        return tuple(model for entry in self.models for model in expand(entry)[0])
+
+    @property
+    def series(self) -> tuple[Series, ...]:
+        """What the sweeps of the study draw as curves."""
+        return tuple(series for entry in self.models for series in expand(entry)[1])
 
 
 @dataclass(frozen=True)
-class Model:
-    """A model of a study with its architecture worked out."""
+class Pair:
+    """Two models to compare."""
 
-    name: str
-    spec: ModelSpec
-    twin: TwinConfig | None = None
+    first: str
+    second: str
+    matched_by: By | None
+    """What they have in common, ``None`` where nothing is equal."""
 
 
 def load_study(path: str | Path, smoke: bool = False) -> Study:
@@ -187,34 +180,28 @@ def load_study(path: str | Path, smoke: bool = False) -> Study:
     return from_dict(Study, data, str(path))
 
 
-def resolve_models(study: Study, vocab_size: int) -> list[Model]:
-    """Work out every architecture, in the study's order.
-
-    Args:
-        vocab_size: of the data's tokenizer; it replaces that of every base.
-
-    Raises:
-        ValueError: an unknown base, overrides that do not fit, or a twin that does not exist.
-    """
-    specs: dict[str, ModelSpec] = {}
-    for entry in study.models:
-        if entry.base is not None:
-            specs[entry.name] = _based(entry, entry.base, vocab_size)
-    models = []
-    for entry in study.models:
-        spec = specs.get(entry.name)
-        if spec is None:
-            assert entry.twin is not None
-            if entry.twin.of not in specs:
-                raise ValueError(f"model {entry.name!r}: {entry.twin.of!r} is a twin itself; name a sparse model")
-            spec = match(specs[entry.twin.of], by=entry.twin.by, sequence_length=study.training.sequence_length)
-        models.append(Model(entry.name, replace(spec, name=entry.name), entry.twin))
-    return models
+def resolve_models(study: Study, vocab_size: int, time_twin: TimeTwin | None = None) -> list[Model]:
+    """Work out every architecture, in the study's order; see ``resolve``."""
+    return resolve(study.entries, vocab_size, study.training.sequence_length, time_twin)
 
 
-def _based(entry: EntryConfig, base: str, vocab_size: int) -> ModelSpec:
-    spec = find_spec(base)
-    changes: Mapping[str, Any] = {"vocab_size": vocab_size, **entry.overrides}
-    merged = OmegaConf.to_container(OmegaConf.merge(to_dict(spec.model), changes))
-    model = from_dict(ModelConfig, merged, f"model {entry.name!r}: overrides")
-    return ModelSpec(name=entry.name, family=spec.family, model=model)
+def pairs(study: Study, models: Sequence[Model]) -> list[Pair]:
+    """What the study compares; ``models`` are all of its models."""
+    by_name = {model.name: model for model in models}
+    names = list(study.compare)
+    if not names:
+        names = [(of, model.name) for model in models if model.twin for of in model.twin.models]
+        names += [(model.name, model.variant.of) for model in models if model.variant]
+    length = study.training.sequence_length
+    return [Pair(first, second, _matched_by(by_name[first], by_name[second], length)) for first, second in names]
+
+
+def _matched_by(first: Model, second: Model, sequence_length: int) -> By | None:
+    """What a twin was made equal in, else the first quantity that is equal within the tolerance."""
+    if second.twin and first.name in second.twin.models:
+        return second.twin.by
+    for by in DESCRIPTIONS:
+        one, two = (measure(model.spec.model, by, sequence_length) for model in (first, second))
+        if abs(two / one - 1) <= TOLERANCE:
+            return by
+    return None

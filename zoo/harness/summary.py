@@ -18,11 +18,12 @@ import numpy as np
 from zoo.accounting import count_parameters, training_flops
 from zoo.config import to_dict
 from zoo.harness.compare import Run
+from zoo.harness.entries import Model
 from zoo.harness.facts import guess_rates
 from zoo.harness.headline import sentences
 from zoo.harness.significance import SIGNIFICANCE, chance_p_value, combine, holm, is_accuracy, mcnemar_p_value
 from zoo.harness.statistics import Array, align, bootstrap
-from zoo.harness.study import Model, Study
+from zoo.harness.study import Pair, Study, pairs
 from zoo.harness.views import AXES, Axis, Points, contrast
 from zoo.training.run import environment
 
@@ -72,7 +73,7 @@ def summarise(study: Study, runs: Sequence[Run], out: Path, command: str) -> dic
         ],
     }
     by_name = {model["name"]: model for model in report["models"]}
-    report["comparisons"] = [_comparison(model, by_name, points, skills) for model in models if model.twin]
+    report["comparisons"] = [_comparison(pair, by_name, points, skills) for pair in pairs(study, models)]
     return report | {"headline": sentences(report)}
 
 
@@ -144,7 +145,7 @@ def _model(study: Study, model: Model, runs: Sequence[Run], measured: Measured) 
     return {
         "name": model.name,
         "sparse": model.spec.model.moe is not None,
-        "twin_of": model.twin.of if model.twin else None,
+        "twin_of": list(model.twin.models) if model.twin else [],
         "matched_by": model.twin.by if model.twin else None,
         "config": to_dict(model.spec.model),
         "total_parameters": parameters.total,
@@ -184,22 +185,21 @@ def _means(study: Study, scores: Mapping[str, Mapping[str, float]]) -> dict[str,
 
 
 def _comparison(
-    dense: Model, models: Mapping[str, Mapping[str, Any]], points: Mapping[str, Points], skills: Mapping[str, list[str]]
+    pair: Pair, models: Mapping[str, Mapping[str, Any]], points: Mapping[str, Points], skills: Mapping[str, list[str]]
 ) -> dict[str, Any]:
-    """A sparse model against a dense twin: differences are sparse minus dense."""
-    assert dense.twin is not None
-    first, second = points[dense.twin.of], points[dense.name]
+    """Two models: differences are first minus second."""
+    first, second = points[pair.first], points[pair.second]
     several = first.axes["loss"].shape[1] > 1
     axes: list[Axis] = [axis for axis in AXES if axis in first.axes and axis in second.axes] if several else ["tokens"]
     at_chance = [
         task
         for task in first.scores
-        if models[dense.twin.of]["scores"][task]["at_chance"] and models[dense.name]["scores"][task]["at_chance"]
+        if models[pair.first]["scores"][task]["at_chance"] and models[pair.second]["scores"][task]["at_chance"]
     ]
     return {
-        "sparse": dense.twin.of,
-        "dense": dense.name,
-        "matched_by": dense.twin.by,
+        "sparse": pair.first,
+        "dense": pair.second,
+        "matched_by": pair.matched_by,
         "views": {axis: contrast(first, second, axis, skills) for axis in axes},
         "mcnemar": mcnemar(
             {task: (first.scores[task][..., -1], second.scores[task][..., -1]) for task in first.scores}
