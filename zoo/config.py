@@ -160,7 +160,7 @@ class MoEConfig:
     swiglu_limit: float | None = None
     """Experts have biases and a SwiGLU clamped to ± this (``zoo/moe/clamped.py``)."""
     num_shared_experts: int = 0
-    """Shared experts are one SwiGLU FFN of ``num_shared_experts * moe_intermediate_size``."""
+    """Shared experts are one FFN of ``num_shared_experts * moe_intermediate_size``."""
     shared_expert_gate: bool = False
     """Multiply the shared experts' output with sigmoid(Linear(D → 1)) of their input."""
     scaled_input: bool = False
@@ -191,9 +191,11 @@ class ModelConfig:
     norm_placement: Literal["before", "after", "both"] = "before"
     """Where the norms of a block stand: before the mixer and the FFN, after them inside the residual, or both."""
     ffn: Literal["swiglu", "geglu"] = "swiglu"
-    """Gate of the FFN: SiLU, or GELU in its tanh form."""
+    """Gate of the FFN and of the experts: SiLU, or GELU in its tanh form."""
     embedding_multiplier: float | None = None
     """Factor on the embeddings that enter the first block."""
+    logit_multiplier: float | None = None
+    """Factor on the output logits."""
     logit_softcap: float | None = None
     """Output logits x become c·tanh(x / c)."""
     tie_word_embeddings: bool = False

@@ -27,9 +27,22 @@ def validate(c: ModelConfig) -> None:
         "give a positive factor, or null for none",
     )
     _require(
+        c.logit_multiplier is None or c.logit_multiplier > 0,
+        "logit_multiplier",
+        c.logit_multiplier,
+        "give a positive factor, or null for none",
+    )
+    _require(
         c.logit_softcap is None or c.logit_softcap > 0, "logit_softcap", c.logit_softcap, "give a positive cap, or null"
     )
-    _require(c.moe is None or c.ffn == "swiglu", "ffn", c.ffn, "routed experts are swiglu; use that, or drop moe")
+    scalings = [name for name in ("logit_multiplier", "logit_softcap") if getattr(c, name) is not None]
+    _require(len(scalings) <= 1, "logits", " + ".join(scalings), "give at most one of these")
+    _require(
+        c.ffn == "swiglu" or c.moe is None or c.moe.swiglu_limit is None,
+        "ffn",
+        c.ffn,
+        "experts with a swiglu_limit are swiglu; use that, or drop the limit",
+    )
     if c.attention:
         _validate_attention(c.attention)
     if c.mla:

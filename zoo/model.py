@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from zoo.cache import Cache, LayerCache
 from zoo.config import ModelConfig
 from zoo.layers.attention import Attention, ClampedAttention, SinkAttention, SoftcappedAttention
-from zoo.layers.ffn import GEGLU, SwiGLU
+from zoo.layers.ffn import GATED
 from zoo.layers.interleaved_rope import ChunkedAttention, UnplacedAttention
 from zoo.layers.mla import MLA
 from zoo.layers.norm import LayerNorm, RMSNorm, UnitOffsetRMSNorm
 from zoo.layers.rope import Rotary
-from zoo.layers.scaling import ScaledEmbedding, SoftCap
+from zoo.layers.scaling import Scale, ScaledEmbedding, SoftCap
 from zoo.layers.sequence import SequenceLayout, sequence_layout
 from zoo.moe.layer import moe_layer
 from zoo.moe.router import RouterOutput
@@ -76,7 +76,7 @@ class Decoder(nn.Module):
         self.lm_head = (
             None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
-        self.logit_cap = nn.Identity() if config.logit_softcap is None else SoftCap(config.logit_softcap)
+        self.logit_scaling = _logit_scaling(config)
         self.rotary = Rotary(config.rope, _rotary_size(config))
 
     def forward(
@@ -86,7 +86,7 @@ class Decoder(nn.Module):
         *,
         document_ids: Tensor | None = None,
         cache: Cache | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | None = 0,
     ) -> DecoderOutput:
         """Logits of the next token at every position.
 
@@ -96,7 +96,7 @@ class Decoder(nn.Module):
             document_ids: [B, S] int64 for packed documents: attention stays within neighbours of equal id and
                 positions restart at each document.
             cache: from ``new_cache``; the new tokens are appended to it.
-            logits_to_keep: compute logits of the last so many positions only; 0 is all.
+            logits_to_keep: compute logits of the last so many positions only; 0 is all, ``None`` none.
 
         Raises:
             ValueError: shapes that do not fit, or a full cache.
@@ -120,12 +120,13 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.advance(input_ids.shape[1], attention_mask)
         hidden = self.norm(x)
-        return DecoderOutput(self.logits(hidden[:, -logits_to_keep:]), hidden, tuple(router_outputs))
+        kept = hidden[:, :0] if logits_to_keep is None else hidden[:, -logits_to_keep:]
+        return DecoderOutput(self.logits(kept), hidden, tuple(router_outputs))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] after the final norm → [..., V]."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return self.logit_cap(F.linear(hidden, head.weight))
+        return self.logit_scaling(F.linear(hidden, head.weight))
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache for ``batch_size`` rows of at most ``max_length`` tokens, in the model's dtype and device."""
@@ -139,6 +140,12 @@ def _embedding(config: ModelConfig) -> nn.Embedding:
     return ScaledEmbedding(config.vocab_size, config.hidden_size, config.embedding_multiplier)
 
 
+def _logit_scaling(config: ModelConfig) -> nn.Module:
+    if config.logit_softcap is not None:
+        return SoftCap(config.logit_softcap)
+    return nn.Identity() if config.logit_multiplier is None else Scale(config.logit_multiplier)
+
+
 def _mixer(config: ModelConfig, layer: int) -> Attention | MLA:
     if config.attention is None:
         return MLA(config)
@@ -150,7 +157,7 @@ def _mixer(config: ModelConfig, layer: int) -> Attention | MLA:
 
 
 def _ffn(config: ModelConfig) -> nn.Module:
-    return {"swiglu": SwiGLU, "geglu": GEGLU}[config.ffn](config.hidden_size, config.intermediate_size)
+    return GATED[config.ffn](config.hidden_size, config.intermediate_size)
 
 
 def _norm(config: ModelConfig) -> nn.Module:

@@ -553,7 +553,7 @@ def test_every_config_goes_to_its_family_and_back(name: str) -> None:
     assert expressible(spec.model) in FAMILIES
 
 
-@pytest.mark.parametrize("name", [n for n in model_names() if find_spec(n).family != "deepseek_moe"])
+@pytest.mark.parametrize("name", [n for n in model_names() if find_spec(n).family not in ("deepseek_moe", "grok1")])
 def test_every_tensor_has_its_name_and_shape_in_transformers(name: str) -> None:
     """At full width; four layers are enough to have each kind."""
     spec = find_spec(name)

@@ -16,7 +16,7 @@ from zoo.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from zoo.model import build
 from zoo.moe.clamped import clamped_grouped, clamped_loop, clamped_split, clamped_swiglu
 from zoo.moe.dispatch import LocalDispatcher
-from zoo.moe.experts import experts_grouped, experts_loop, experts_split
+from zoo.moe.experts import GEGLUExperts, experts_grouped, experts_loop, experts_split
 from zoo.moe.layer import MoE
 from zoo.moe.router import RouterOutput
 
@@ -80,6 +80,17 @@ def test_every_implementation_of_clamped_experts_equals_the_loop(
     for got, want in zip(result, expected, strict=True):
         scale = want.abs().max().clamp(min=1)
         assert (got - want).abs().max() / scale < (1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("implementation", [experts_split, experts_grouped])
+def test_every_implementation_takes_the_gate_of_geglu(implementation: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    gate_up, down = parameters(1, torch.float32)
+    rows = torch.randn(5, D)
+    gate, up = rows @ gate_up[0, 0].T, rows @ gate_up[0, 1].T
+    expected = (0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up) @ down[0].T
+    for way in (experts_loop, implementation):
+        torch.testing.assert_close(way(rows, torch.tensor([5]), gate_up, down, GEGLUExperts.activation), expected)
 
 
 def biases(num_experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -5,12 +5,23 @@ Shapes: D model, F FFN.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Activation = Callable[[Tensor], Tensor]
+
+gelu_tanh: Activation = partial(F.gelu, approximate="tanh")
+"""0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))) (arXiv 1606.08415, section 2)."""
 
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) · up(x)) (arXiv 2002.05202, equation 6)."""
+
+    activation: ClassVar[Activation] = staticmethod(F.silu)
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -20,12 +31,14 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] → [..., D]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class GEGLU(SwiGLU):
     """down(gelu(gate(x)) · up(x)) (arXiv 2002.05202, equation 5), with the tanh form of GELU."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] → [..., D]."""
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+    activation = staticmethod(gelu_tanh)
+
+
+GATED: dict[str, type[SwiGLU]] = {"swiglu": SwiGLU, "geglu": GEGLU}
+"""``ModelConfig.ffn`` → FFN."""

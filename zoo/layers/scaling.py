@@ -20,6 +20,18 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(input) * self.multiplier
 
 
+class Scale(nn.Module):
+    """x times a constant: the logits of a wide model, made independent of its width (arXiv 2203.03466, table 3)."""
+
+    def __init__(self, multiplier: float) -> None:
+        super().__init__()
+        self.multiplier = multiplier
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x of any shape → the same."""
+        return x * self.multiplier
+
+
 class SoftCap(nn.Module):
     """c·tanh(x / c): as good as x where it is small, never beyond ± c (arXiv 2408.00118, section 2)."""
 

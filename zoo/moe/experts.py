@@ -5,13 +5,19 @@ Shapes: N routed rows sorted by expert, E experts, D model, F FFN.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.layers.ffn import Activation, gelu_tanh
+
 
 class Experts(nn.Module):
     """E SwiGLU networks. Parameters: ``gate_up`` [E, 2, F, D] (gate, then up) and ``down`` [E, D, F]."""
+
+    activation: ClassVar[Activation] = staticmethod(F.silu)
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -30,16 +36,24 @@ class Experts(nn.Module):
     def compute(self, rows: Tensor, counts: Tensor, *weights: Tensor) -> Tensor:
         """The same with ``weights`` in place of the parameters: those of some experts, perhaps."""
         gate_up, down = weights
-        if grouped_applies(rows):
-            return experts_grouped(rows, counts, gate_up, down)
-        return experts_split(rows, counts, gate_up, down)
+        way = experts_grouped if grouped_applies(rows) else experts_split
+        return way(rows, counts, gate_up, down, self.activation)
 
 
-def experts_loop(rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+class GEGLUExperts(Experts):
+    """E GEGLU networks: as ``Experts``, with the tanh form of GELU (arXiv 2002.05202, equation 5)."""
+
+    activation = staticmethod(gelu_tanh)
+
+
+def experts_loop(
+    rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor, activation: Activation = F.silu
+) -> Tensor:
     """The readable reference, and the tests' oracle: one expert after the other.
 
     Args:
         rows: [N, D], sorted by expert. counts: [E] int64. gate_up: [E, 2, F, D]. down: [E, D, F].
+        activation: of the gate.
 
     Returns:
         [N, D].
@@ -48,12 +62,14 @@ def experts_loop(rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) ->
     for expert, count in enumerate(counts.tolist()):
         x = rows[start : start + count]
         gate, up = F.linear(x, gate_up[expert, 0]), F.linear(x, gate_up[expert, 1])
-        out.append(F.linear(F.silu(gate) * up, down[expert]))
+        out.append(F.linear(activation(gate) * up, down[expert]))
         start += count
     return torch.cat(out)
 
 
-def experts_split(rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def experts_split(
+    rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor, activation: Activation = F.silu
+) -> Tensor:
     """Arguments and result as ``experts_loop``; gate and up in one product, and no expert without rows is touched.
 
     ``unbind`` and not indexing: the backward of indexing writes a whole [E, …] gradient for every expert.
@@ -63,15 +79,17 @@ def experts_split(rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -
     for x, up, dn in zip(rows.split(sizes), gate_up.flatten(1, 2).unbind(), down.unbind(), strict=True):
         if len(x):
             gate, value = F.linear(x, up).chunk(2, dim=-1)
-            out.append(F.linear(F.silu(gate) * value, dn))
+            out.append(F.linear(activation(gate) * value, dn))
     return torch.cat(out) if out else rows
 
 
-def experts_grouped(rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def experts_grouped(
+    rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor, activation: Activation = F.silu
+) -> Tensor:
     """Arguments and result as ``experts_loop``; all experts in two grouped matrix products, without host traffic."""
     ends = counts.cumsum(0).to(torch.int32)
     gate, up = F.grouped_mm(rows, gate_up.flatten(1, 2).mT, offs=ends).chunk(2, dim=-1)
-    return F.grouped_mm(F.silu(gate) * up, down.mT, offs=ends)
+    return F.grouped_mm(activation(gate) * up, down.mT, offs=ends)
 
 
 def grouped_applies(rows: Tensor) -> bool:

@@ -10,11 +10,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from zoo.config import ModelConfig, MoEConfig
-from zoo.layers.ffn import SwiGLU
+from zoo.config import ModelConfig
+from zoo.layers.ffn import GATED
 from zoo.moe.clamped import ClampedExperts
 from zoo.moe.dispatch import Dispatcher, LocalDispatcher
-from zoo.moe.experts import Experts
+from zoo.moe.experts import Experts, GEGLUExperts
 from zoo.moe.router import BiasedRouter, Router, RouterOutput
 
 
@@ -26,9 +26,9 @@ class MoE(nn.Module):
         moe = config.moe
         assert moe is not None
         self.router = (BiasedRouter if moe.router_logit_bias else Router)(config.hidden_size, moe)
-        self.experts = _experts(config.hidden_size, moe)
+        self.experts = _experts(config)
         self.shared_experts = (
-            SwiGLU(config.hidden_size, moe.num_shared_experts * moe.moe_intermediate_size)
+            GATED[config.ffn](config.hidden_size, moe.num_shared_experts * moe.moe_intermediate_size)
             if moe.num_shared_experts
             else None
         )
@@ -69,6 +69,10 @@ def moe_layer(config: ModelConfig) -> MoE:
     return ScaledInputMoE(config) if config.moe.scaled_input else MoE(config)
 
 
-def _experts(hidden_size: int, moe: MoEConfig) -> Experts:
-    sizes = (moe.num_experts, hidden_size, moe.moe_intermediate_size)
-    return Experts(*sizes) if moe.swiglu_limit is None else ClampedExperts(*sizes, moe.swiglu_limit)
+def _experts(config: ModelConfig) -> Experts:
+    moe = config.moe
+    assert moe is not None
+    sizes = (moe.num_experts, config.hidden_size, moe.moe_intermediate_size)
+    if moe.swiglu_limit is not None:
+        return ClampedExperts(*sizes, moe.swiglu_limit)
+    return {"swiglu": Experts, "geglu": GEGLUExperts}[config.ffn](*sizes)
