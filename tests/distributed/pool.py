@@ -1,4 +1,4 @@
-"""Worker processes that run functions as ranks of a gloo world, made once for all tests.
+"""Worker processes that run functions as ranks of a gloo world, made once for a module of tests.
 
 They come from a fork server that has imported torch and done nothing with it: a new process costs milliseconds, and no
 thread of the test process is copied into it.
@@ -26,7 +26,7 @@ PATIENCE = 90.0
 
 
 class WorkerPool:
-    """A world of ``world`` ranks that lives on between tests: torch caches meshes, and with them process groups."""
+    """A world of ``world`` ranks that lives on from test to test: torch caches meshes, and with them process groups."""
 
     def __init__(self, world: int) -> None:
         self._context = mp.get_context("forkserver")
