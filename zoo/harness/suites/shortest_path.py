@@ -21,6 +21,8 @@ from zoo.harness.suites.dataset import GeneratedData, Origin
 DATASET = "moe-zoo/shortest_path"
 TASK = "shortest_path"
 ORIGIN = Origin("Random graphs", "cc0-1.0")
+VERTEX_NAMES = ascii_uppercase
+"""Names of one letter: two of them written together name an edge, and nothing else."""
 _MAX_DRAWS = 10_000
 """Graphs tried for one question: at the default sizes every second or third one serves."""
 
@@ -49,6 +51,8 @@ class ShortestPathConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}: give a positive number")
         if not self.distances or min(self.distances) < 1:
             raise ValueError(f"distances = {list(self.distances)}: give positive numbers")
+        if not 2 <= self.vertices <= len(VERTEX_NAMES):
+            raise ValueError(f"vertices = {self.vertices}: give 2 to {len(VERTEX_NAMES)}, a letter names each")
         pairs = self.vertices * (self.vertices - 1) // 2
         if not max(self.distances) <= self.edges <= pairs:
             raise ValueError(
@@ -76,7 +80,7 @@ def write(config: ShortestPathConfig, directory: Path) -> None:
 
 def as_text(item: Item) -> str:
     """A graph with its answer as a training document, in the prompt of the lm-eval task."""
-    edges = "; ".join(f"{a} {b}" for a, b in item["edges"])
+    edges = " ".join(a + b for a, b in item["edges"])
     return f"Edges: {edges}\nFrom {item['source']} to {item['target']}\nPath: {' '.join(item['path'])}"
 
 
@@ -126,11 +130,11 @@ def _item(draw: random.Random, config: ShortestPathConfig, distance: int) -> Ite
         if distance < len(layers):
             path = _path(draw, graph, layers[: distance + 1])
             return {
-                "edges": [[vertex_name(a), vertex_name(b)] for a, b in edges],
-                "source": vertex_name(path[0]),
-                "target": vertex_name(path[-1]),
+                "edges": [[VERTEX_NAMES[a], VERTEX_NAMES[b]] for a, b in edges],
+                "source": VERTEX_NAMES[path[0]],
+                "target": VERTEX_NAMES[path[-1]],
                 "distance": distance,
-                "path": [vertex_name(vertex) for vertex in path],
+                "path": [VERTEX_NAMES[vertex] for vertex in path],
             }
     raise ValueError(
         f"distances: none of {_MAX_DRAWS:,} graphs with {config.vertices} vertices and {config.edges} edges has a path "
@@ -155,13 +159,3 @@ def _path(draw: random.Random, graph: _Graph, layers: Sequence[Sequence[int]]) -
     for layer in reversed(layers[:-1]):
         path.append(draw.choice([vertex for vertex in layer if vertex in graph[path[-1]]]))
     return path[::-1]
-
-
-def vertex_name(number: int) -> str:
-    """A, B, …, Z, AA, AB, … as columns of a spreadsheet are called."""
-    name = ""
-    number += 1
-    while number:
-        number, letter = divmod(number - 1, len(ascii_uppercase))
-        name = ascii_uppercase[letter] + name
-    return name
