@@ -49,7 +49,12 @@ class Origin:
 
 
 def write(
-    directory: Path, name: str, config: Mapping[str, Any], make: Callable[[], GeneratedData], origin: Origin
+    directory: Path,
+    name: str,
+    config: Mapping[str, Any],
+    make: Callable[[], GeneratedData],
+    origin: Origin,
+    mirror: Path | None = None,
 ) -> None:
     """Write a data set into ``directory``, unless it is there already. The manifest comes last.
 
@@ -58,6 +63,7 @@ def write(
         config: what it is made from.
         make: makes it.
         origin: of its content.
+        mirror: where its questions go, which several data sets may share; by default ``hub`` in ``directory``.
 
     Raises:
         ValueError: ``directory`` holds a data set made from another config.
@@ -69,7 +75,7 @@ def write(
             raise ValueError(f"{directory} was made from {made_from}, not from {dict(config)}: give another directory")
         return
     data = make()
-    write_tables(directory / MIRROR / name, data.tables, origin)
+    write_tables((mirror or directory / MIRROR) / name, data.tables, origin)
     for file, documents in ((TRAINING_TEXT, data.training), (VALIDATION_TEXT, data.validation)):
         lines = (json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in documents)
         write_text(directory / file, "".join(lines))
