@@ -63,7 +63,7 @@ def test_models_are_trained_alike_but_for_the_balance_losses(repository: Path) -
         ({"step": 5}, "unknown key 'step'"),
         ({"training": {"steps": 5, "batch_sise": 2, "sequence_length": 8}}, "did you mean 'batch_size'"),
         ({"training": {"steps": 0, "batch_size": 2, "sequence_length": 8}}, "steps = 0"),
-        ({"data": {"facts": {}, "sources": ["a.txt"], "vocab_size": 300}}, "facts / sources: give exactly one"),
+        ({"data": {"facts": {}, "sources": ["a.txt"], "vocab_size": 300}}, "facts / generated / sources: give exactly one"),
         ({"data": {"facts": {}}}, "vocab_size / tokenizer: give exactly one"),
         ({"tasks": {"knowledge": [], "comprehension": ["boolq"]}}, "knowledge: name at least one task"),
         ({"seeds": [1, 1]}, r"seeds = \[1, 1\]"),

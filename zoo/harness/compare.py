@@ -4,6 +4,7 @@ Everything lands in one directory. What is finished there is not done again, so 
 
 ``study.yaml``          the study as it is run
 ``facts/``              the embedded data set, where the study uses it
+``generated/``          other generated data sets, and the mirror of their questions
 ``tasks/``              train rows of evaluation tasks as text, where the study uses them
 ``tokenizer/  data/``   tokenizer and token data
 ``models/<run>/``       ``model.yaml``, ``fit.yaml``, ``fit/`` (the run directory of ``zoo fit``, with the checkpoints
@@ -36,6 +37,7 @@ from zoo.harness.entries import Model
 from zoo.harness.snapshots import Snapshots, seconds_file, snapshot_directory
 from zoo.harness.study import Study, resolve_models
 from zoo.harness.suites.dataset import MIRROR, TRAINING_TEXT, VALIDATION_TEXT
+from zoo.harness.suites.generators import write_mixture
 from zoo.tokenizer import Tokenizer
 
 Notify = Callable[[str], None]
@@ -112,7 +114,7 @@ def run_study(study: Study, out: Path, data_root: Path | None, notify: Notify, j
         position = f"[{number}/{len(points)}] {run.model.name}, seed {run.seed}, step {step:,}"
         if not run.measured_file(step).exists():
             notify(f"{position}: evaluating {', '.join(study.tasks.all)}")
-            _measure(study, run, step, data, out / "facts" / MIRROR if study.data.facts else data_root)
+            _measure(study, run, step, data, _mirror(study, out) or data_root)
     return runs
 
 
@@ -141,17 +143,21 @@ def _prepare_data(study: Study, out: Path, data_root: Path | None, notify: Notif
     data = out / "data"
     if (data / "manifest.json").exists():
         return data
-    config, validation = study.data, []
+    config = study.data
     training = [Source(path, separator=config.separator, first=config.documents) for path in config.sources]
     if config.tasks:
         notify(f"writing train rows of {', '.join(config.tasks)} as text")
         task_text.write(config.tasks, data_root, out / "tasks")
         training.append(Source(str(out / "tasks" / TRAINING_TEXT), held_out=False))
-    if study.data.facts is not None:
+    if config.facts is not None:
         notify("making the embedded data set")
-        facts.write(study.data.facts, out / "facts")
-        training = [Source(str(out / "facts" / TRAINING_TEXT))]
-        validation = [Source(str(out / "facts" / VALIDATION_TEXT))]
+        facts.write(config.facts, out / "facts")
+    if config.generated is not None:
+        notify(f"making {', '.join(config.generated.parts)}")
+        write_mixture(config.generated, out / "generated")
+    made = _made_data(study, out)
+    training += [Source(str(directory / TRAINING_TEXT)) for directory in made]
+    validation = [Source(str(directory / VALIDATION_TEXT)) for directory in made]
     tokenizer = Path(study.data.tokenizer) if study.data.tokenizer else out / "tokenizer"
     if study.data.vocab_size is not None and not tokenizer.exists():
         notify("training the tokenizer")
@@ -165,6 +171,20 @@ def _prepare_data(study: Study, out: Path, data_root: Path | None, notify: Notif
         validation_sources=validation,
     )
     return data
+
+
+def _made_data(study: Study, out: Path) -> list[Path]:
+    """Directories of the data sets that the study makes."""
+    if study.data.facts is not None:
+        return [out / "facts"]
+    return [out / "generated" / name for name in study.data.generated.parts] if study.data.generated else []
+
+
+def _mirror(study: Study, out: Path) -> Path | None:
+    """Questions of the data that the study makes, if it makes any."""
+    if study.data.facts is not None:
+        return out / "facts" / MIRROR
+    return out / "generated" / MIRROR if study.data.generated is not None else None
 
 
 # ---------------------------------------------------------------------------------------------------------------

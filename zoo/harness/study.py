@@ -13,6 +13,7 @@ from zoo.config import from_dict, load_yaml
 from zoo.harness.entries import By, EntryConfig, Model, Series, TimeTwin, expand, resolve
 from zoo.harness.facts import FactsConfig
 from zoo.harness.match import DESCRIPTIONS, TOLERANCE, measure
+from zoo.harness.suites.generators import MixtureConfig
 from zoo.harness.task_text import TaskRows
 
 Skill = Literal["knowledge", "comprehension"]
@@ -20,10 +21,12 @@ Skill = Literal["knowledge", "comprehension"]
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Training text and tokenizer. Exactly one of ``facts`` and ``sources``, of ``vocab_size`` and ``tokenizer``."""
+    """Training text (one of ``facts``, ``generated``, ``sources``) and tokenizer (``vocab_size`` or ``tokenizer``)."""
 
     facts: FactsConfig | None = None
     """The embedded data set, made on the spot with its evaluation mirror."""
+    generated: MixtureConfig | None = None
+    """Other generated data sets, made on the spot with one mirror for all."""
     sources: tuple[str, ...] = ()
     """Files and hub ids, as ``zoo data build`` takes them."""
     documents: int | None = None
@@ -40,12 +43,12 @@ class DataConfig:
     """Directory or file of an existing tokenizer."""
 
     def __post_init__(self) -> None:
-        if (self.facts is None) == (not self.sources):
-            raise ValueError("facts / sources: give exactly one of the two")
+        if [self.facts is None, self.generated is None, not self.sources].count(False) != 1:
+            raise ValueError("facts / generated / sources: give exactly one of the three")
         if (self.vocab_size is None) == (self.tokenizer is None):
             raise ValueError("vocab_size / tokenizer: give exactly one of the two")
-        if self.facts is not None and self.tasks:
-            raise ValueError("tasks: their train rows stand beside sources, not beside facts; give sources")
+        if self.tasks and not self.sources:
+            raise ValueError("tasks: their train rows stand beside sources, not beside made data; give sources")
 
 
 @dataclass(frozen=True, kw_only=True)

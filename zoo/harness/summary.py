@@ -24,6 +24,7 @@ from zoo.harness.headline import sentences
 from zoo.harness.significance import SIGNIFICANCE, chance_p_value, combine, holm, is_accuracy, mcnemar_p_value
 from zoo.harness.statistics import Array, align, bootstrap
 from zoo.harness.study import Pair, Study, pairs
+from zoo.harness.suites import generators
 from zoo.harness.views import AXES, Axis, Points, contrast
 from zoo.training.run import environment
 
@@ -51,6 +52,8 @@ def summarise(study: Study, runs: Sequence[Run], out: Path, command: str) -> dic
     guesses = dict(next(iter(measured.values()))["guess"])
     if study.data.facts is not None:
         guesses |= {task: rate for task, rate in guess_rates(out / "facts").items() if task in guesses}
+    if study.data.generated is not None:
+        guesses |= generators.guess_rates(study.data.generated, out / "generated")
     skills = {skill: list(getattr(study.tasks, skill)) for skill in SKILLS}
     report: dict[str, Any] = {
         "study": study.name,
