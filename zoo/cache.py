@@ -24,6 +24,16 @@ class LayerCache:
             buffer[..., past:end, :] = values
         return tuple(buffer[..., :end, :] for buffer in self.buffers)
 
+    def branch(self, rows: Tensor, length: int, max_length: int) -> LayerCache:
+        """A copy of the first ``length`` slots of ``rows`` with room for ``max_length``."""
+        buffers = []
+        for buffer in self.buffers:
+            *middle, _, size = buffer.shape[1:]
+            copy = buffer.new_empty(len(rows), *middle, max_length, size)
+            copy[..., :length, :] = buffer[..., :length, :][rows]
+            buffers.append(copy)
+        return LayerCache(buffers)
+
     def keep_rows(self, rows: Tensor) -> None:
         """Keep the batch rows numbered in ``rows`` [rows kept] int64."""
         self.buffers = tuple(buffer[rows] for buffer in self.buffers)
@@ -82,3 +92,21 @@ class Cache:
         if self._valid is not None:
             self._valid = self._valid[rows]
         self.batch_size = len(rows)
+    def branch(self, rows: Tensor, max_length: int) -> Cache:
+        """A cache that continues the batch rows numbered in ``rows`` [B of the new one] int64, any of them repeatedly.
+
+        This one stays as it is.
+
+        Raises:
+            ValueError: ``max_length`` is less than the filled slots.
+        """
+        if max_length < self.length:
+            raise ValueError(f"max_length = {max_length}: give at least the {self.length} filled slots")
+        layers = [layer.branch(rows, self.length, max_length) for layer in self.layers]
+        copy = Cache(layers, len(rows), max_length)
+        copy.length = self.length
+        if self._valid is not None:
+            copy._valid = self._valid.new_ones(len(rows), max_length)
+            copy._valid[:, : self.length] = self._valid[rows, : self.length]
+        return copy
+
