@@ -5,7 +5,7 @@ checkpoint scores the same through either, sample by sample. What differs is how
 positions only, log-probabilities in fp32 whatever the model's dtype, and continuations that leave the batch when they
 are finished.
 
-Shapes: B batch, S sequence, D model, N scored positions, V vocabulary.
+Shapes: B batch, S sequence, D model, P scored positions, N scored tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from zoo.generation import Stop, generate
+from zoo.harness.prefixes import Group, Input, batches, grouped, padded
 from zoo.model import Decoder
 from zoo.tokenizer import Tokenizer
 from zoo.weights.loading import load_with_tokenizer
@@ -32,8 +33,10 @@ from zoo.weights.loading import load_with_tokenizer
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """The strings (or None), tokens of the context, tokens of the continuation."""
 
-SCORED_AT_ONCE = 1024
-"""Positions whose logits [.., V] are in memory together."""
+TOKENS_AT_ONCE = 4096
+"""Most tokens of a forward that scores, unless one input alone has more."""
+LOGITS_AT_ONCE = 2**24
+"""Logits that are in memory together."""
 
 
 @register_model("zoo")
@@ -122,8 +125,32 @@ class ZooLM(TemplateLM):
         self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Sum of the continuation's log-probabilities and whether each of its tokens is the most probable one."""
-        # Answers to one question often differ in their last token only: equal inputs share one row of the batch.
-        sharing: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+        rows = self._rows(requests)
+        budget = min(self.batch_size * self.max_length, TOKENS_AT_ONCE)
+        inputs = (Input(tokens, min(span.start for _, span in spans)) for tokens, spans in rows.items())
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="Scoring continuations") as bar:
+            for groups in batches(grouped(inputs), budget):
+                for batch, past, hidden in self._hidden(groups, budget):
+                    spans = [
+                        (row, number, range(span.start - past, span.stop - past))
+                        for row, one in enumerate(batch)
+                        for number, span in rows[one.tokens]
+                    ]
+                    wanted = [(row, span, requests[number][2]) for row, number, span in spans]
+                    for (_, number, _), score in zip(spans, self._score(hidden, wanted), strict=True):
+                        results[number] = score
+                        if requests[number][0] is not None:
+                            self.cache_hook.add_partial("loglikelihood", requests[number][0], score)
+                    bar.update(len(spans))
+        return results
+
+    def _rows(self, requests: Sequence[Request]) -> dict[tuple[int, ...], list[tuple[int, range]]]:
+        """The inputs to compute, each with the requests that it answers and the positions that predict their tokens.
+
+        One input answers all whose own is its beginning: answers that differ in their last token, or in their length.
+        """
+        spans: defaultdict[tuple[int, ...], list[tuple[int, range]]] = defaultdict(list)
         for number, (_, context, continuation) in enumerate(requests):
             if not continuation or len(continuation) > self.max_length:
                 raise ValueError(
@@ -131,49 +158,66 @@ class ZooLM(TemplateLM):
                 )
             tokens = context + continuation
             self.num_truncated += len(tokens) > self.max_length + 1
-            sharing[tuple(tokens[-(self.max_length + 1) : -1])].append(number)
-        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="Scoring continuations") as bar:
-            for inputs in _batches(sharing, self.batch_size):
-                numbers = [sharing[tokens] for tokens in inputs]
-                scores = self._score(inputs, [[requests[n][2] for n in shared] for shared in numbers])
-                for number, score in zip((n for shared in numbers for n in shared), scores, strict=True):
-                    results[number] = score
-                    if requests[number][0] is not None:
-                        self.cache_hook.add_partial("loglikelihood", requests[number][0], score)
-                bar.update(sum(map(len, numbers)))
-        return results
+            inputs = tuple(tokens[-(self.max_length + 1) : -1])
+            spans[inputs].append((number, range(len(inputs) - len(continuation), len(inputs))))
+        rows: dict[tuple[int, ...], list[tuple[int, range]]] = {}
+        longest: tuple[int, ...] = ()
+        for inputs in sorted(spans, reverse=True):  # whatever an input begins stands before it
+            if longest[: len(inputs)] != inputs:
+                longest = inputs
+                rows[longest] = []
+            rows[longest] += spans[inputs]
+        return rows
 
-    def _score(
-        self, inputs: Sequence[Sequence[int]], continuations: Sequence[Sequence[list[int]]]
-    ) -> list[tuple[float, bool]]:
-        """Scores of the continuations that end each input (less their last token), flattened."""
-        rows: list[int] = []
-        columns: list[int] = []
-        targets: list[int] = []
-        lengths: list[int] = []
-        for row, (tokens, shared) in enumerate(zip(inputs, continuations, strict=True)):
-            for continuation in shared:
-                length = len(continuation)
-                rows += [row] * length
-                columns += range(len(tokens) - length, len(tokens))
-                targets += continuation
-                lengths.append(length)
-        hidden = self.model(_right_padded(inputs, self._device), logits_to_keep=1).hidden[rows, columns]
-        log_probs, greedy = self._log_probs(hidden, torch.tensor(targets, device=self._device))
+    def _hidden(self, groups: Sequence[Group], budget: int) -> Iterator[tuple[list[Input], int, Tensor]]:
+        """Rows of ``groups``, the number of tokens before their hidden states, and those [B, S, D], padded."""
+        past = min(group.shared for group in groups)
+        owners = {one.tokens: row for row, group in enumerate(groups) for one in group.inputs}
+        cache = None
+        if past:
+            beginnings = torch.tensor([group.inputs[0].tokens[:past] for group in groups], device=self._device)
+            cache = self.model.new_cache(len(groups), past)
+            self.model(beginnings, cache=cache, logits_to_keep=None)
+        for batch in padded((one for group in groups for one in group.inputs), budget, past):
+            ids = _right_padded([one.tokens[past:] for one in batch], self._device)
+            branch = None
+            if cache is not None:
+                rows = torch.tensor([owners[one.tokens] for one in batch], device=self._device)
+                branch = cache.branch(rows, past + ids.shape[1])
+            yield batch, past, self.model(ids, cache=branch, logits_to_keep=None).hidden
+
+    def _score(self, hidden: Tensor, wanted: Sequence[tuple[int, range, list[int]]]) -> list[tuple[float, bool]]:
+        """Scores of continuations, given hidden [B, S, D] and the row and the columns that predict each of them."""
+        places: dict[tuple[int, int], int] = {}  # those that several continuations need are there once
+        indices = [places.setdefault((row, column), len(places)) for row, span, _ in wanted for column in span]
+        targets = [token for _, _, continuation in wanted for token in continuation]
+        rows, columns = torch.tensor(list(places), device=self._device).unbind(1)
+        log_probs, greedy = self._log_probs(
+            hidden[rows, columns],
+            torch.tensor(indices, device=self._device),
+            torch.tensor(targets, device=self._device),
+        )
+        lengths = [len(continuation) for _, _, continuation in wanted]
         return [
             (float(p.sum()), bool(g.all()))
             for p, g in zip(log_probs.split(lengths), greedy.split(lengths), strict=True)
         ]
 
-    def _log_probs(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [N, D], targets [N] → their log-probabilities [N] fp32, and whether each is the most probable [N]."""
-        log_probs, greedy = [], []
-        for h, target in zip(hidden.split(SCORED_AT_ONCE), targets.split(SCORED_AT_ONCE), strict=True):
-            scores = self.model.logits(h).float().log_softmax(-1)
-            log_probs.append(scores.gather(-1, target[:, None])[:, 0])
-            greedy.append(scores.argmax(-1) == target)
-        return torch.cat(log_probs).cpu(), torch.cat(greedy).cpu()
+    def _log_probs(self, hidden: Tensor, indices: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability [N] fp32 of each of ``targets`` [N] after ``hidden[indices]``, and whether it is the highest.
+
+        hidden [P, D], indices [N] into it.
+        """
+        log_probs = torch.empty(len(targets), device=self._device)
+        greedy = torch.empty(len(targets), device=self._device, dtype=torch.bool)
+        step = max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
+        for start in range(0, len(hidden), step):
+            scores = self.model.logits(hidden[start : start + step]).float().log_softmax(-1)
+            inside = ((indices >= start) & (indices < start + step)).nonzero()[:, 0]
+            rows, chosen = indices[inside] - start, targets[inside]
+            log_probs[inside] = scores[rows, chosen]
+            greedy[inside] = scores.argmax(-1)[rows] == chosen
+        return log_probs.cpu(), greedy.cpu()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue each context up to a stop sequence, end of text, or the task's number of tokens."""
