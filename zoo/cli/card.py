@@ -6,7 +6,19 @@ import argparse
 import dataclasses
 import json
 from itertools import groupby
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zoo.config import ModelConfig
+
+EXAMPLE = """examples:
+  zoo card mixtral-8x7b --sequence-length 8192
+  zoo card deepseek-v3 --markdown > deepseek-v3.md
+  zoo card deepseek-v3 --svg deepseek-v3.svg
+"""
+
+BLOCKS = ("norms", "mixer", "dense_ffn", "router", "routed_experts", "shared_experts", "total", "active")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,12 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "matrices count. FLOPs are those of matrix products (a multiply-add is two), attention averaged over a causal\n"
         "sequence; training is three times the forward pass."
     )
-    parser.epilog = "example:\n  zoo card mixtral-8x7b --sequence-length 8192"
+    parser.epilog = EXAMPLE
     parser.add_argument("name", metavar="NAME", help="name from `zoo list`, YAML file, or checkpoint directory")
     parser.add_argument(
         "--sequence-length", type=int, default=4096, metavar="N", help="tokens of a sequence, for FLOPs (default 4096)"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON with exact numbers")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON with exact numbers")
+    form.add_argument("--markdown", action="store_true", help="print Markdown, with a drawing of one block")
+    parser.add_argument(
+        "--svg", type=Path, metavar="FILE", help="write the drawing of one block to an SVG file as well"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,35 +55,69 @@ def run(args: argparse.Namespace) -> int:
         "published": dataclasses.asdict(spec.published) if spec.published else None,
         **summary(spec.model, args.sequence_length),
     }
-    print(json.dumps(card, indent=2) if args.json else _text(card))
+    if args.svg:
+        from zoo.describe.block import block_drawing
+        from zoo.describe.svg import svg_drawing
+        from zoo.files import write_text
+
+        write_text(args.svg, svg_drawing(block_drawing(spec.model), spec.name))
+    if args.json:
+        print(json.dumps(card, indent=2))
+    else:
+        print(_markdown(card, spec.model) if args.markdown else _text(card))
     return 0
 
 
 def _text(card: dict[str, Any]) -> str:
-    from zoo.cli.text import binary, columns, short
+    from zoo.cli.text import columns
 
-    parameters, flops = card["parameters"], card["flops_per_token"]
-    cache, weights = card["cache_bytes_per_token"], card["weight_bytes"]
-    origin = [(key, card[key]) for key in ("family", "source", "reference") if card[key]]
-    counts = [
-        (label, short(parameters[key]), f"{parameters[key]:,}")
-        for label, key in (
-            ("parameters", "total"),
-            ("active", "active"),
-            ("active without input embedding", "active_without_embedding"),
-        )
+    tables = [columns(_origin(card), left=2), columns(_counts(card)), columns(_costs(card)), columns(_layer_rows(card))]
+    return "\n\n".join([card["name"], *tables])
+
+
+def _markdown(card: dict[str, Any], config: ModelConfig) -> str:
+    from zoo.describe.block import block_drawing
+    from zoo.describe.markdown import table
+    from zoo.describe.text_drawing import text_drawing
+
+    sizes = [(label, short, exact) for label, short, exact in _counts(card)]
+    sizes += [(label, cost, "") for label, cost in _costs(card)]
+    parts = [
+        f"# {card['name']}",
+        table([("", ""), *_origin(card)], left=2),
+        "## One block\n\n```text\n" + text_drawing(block_drawing(config)) + "\n```",
+        "## Sizes and costs",
+        table([("", "", "exactly"), *sizes]),
+        "## Parameters by layer",
+        table(_layer_rows(card)),
     ]
+    return "\n\n".join(parts)
+
+
+def _origin(card: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [(key, card[key]) for key in ("family", "source", "reference") if card[key]]
+    return rows + ([("published", _published(**card["published"]))] if card["published"] else [])
+
+
+def _counts(card: dict[str, Any]) -> list[tuple[str, str, str]]:
+    from zoo.cli.text import short
+
+    labels = {"total": "parameters", "active": "active", "active_without_embedding": "active without input embedding"}
+    parameters = card["parameters"]
+    return [(label, short(parameters[key]), f"{parameters[key]:,}") for key, label in labels.items()]
+
+
+def _costs(card: dict[str, Any]) -> list[tuple[str, str]]:
+    from zoo.cli.text import binary, short
+
+    flops, cache, weights = card["flops_per_token"], card["cache_bytes_per_token"], card["weight_bytes"]
     at = f"at {flops['sequence_length']:,} tokens"
-    costs = [
+    return [
         (f"forward FLOPs per token {at}", short(flops["forward"])),
         (f"training FLOPs per token {at}", short(flops["training"])),
         ("KV cache per token, fp32 / bf16", f"{binary(cache['fp32'])} / {binary(cache['bf16'])}"),
         ("weights, fp32 / bf16", f"{binary(weights['fp32'])} / {binary(weights['bf16'])}"),
     ]
-    if card["published"]:
-        origin.append(("published", _published(**card["published"])))
-    tables = [columns(origin, left=2), columns(counts), columns(costs), columns(_layer_rows(parameters))]
-    return "\n\n".join([card["name"], *tables])
 
 
 def _published(total: str, active: str, input_embedding: bool, cut: bool) -> str:
@@ -75,15 +126,15 @@ def _published(total: str, active: str, input_embedding: bool, cut: bool) -> str
     return f"{total} total, {active} active" + (f" ({', '.join(how)})" if how else "")
 
 
-def _layer_rows(parameters: dict[str, Any]) -> list[list[str]]:
+def _layer_rows(card: dict[str, Any]) -> list[list[str]]:
     """Parameters by layer and block; equal layers that follow each other share a row."""
-    blocks = ["norms", "mixer", "dense_ffn", "router", "routed_experts", "shared_experts", "total", "active"]
-    rows = [["layers", *blocks], ["embedding", *[""] * 6, *[f"{parameters['embedding']:,}"] * 2]]
+    parameters = card["parameters"]
+    rows = [["layers", *BLOCKS], ["embedding", *[""] * 6, *[f"{parameters['embedding']:,}"] * 2]]
     layers = list(enumerate(parameters["layers"]))
     for layer, group in groupby(layers, key=lambda item: item[1]):
         indices = [index for index, _ in group]
         label = str(indices[0]) if len(indices) == 1 else f"{indices[0]} to {indices[-1]}, each"
-        rows.append([label, *[f"{layer[block]:,}" if layer[block] else "-" for block in blocks]])
+        rows.append([label, *[f"{layer[block]:,}" if layer[block] else "-" for block in BLOCKS]])
     rows.append(["final norm", *[""] * 6, *[f"{parameters['final_norm']:,}"] * 2])
     head = f"{parameters['lm_head']:,}" if parameters["lm_head"] else "tied"
     return [*rows, ["lm_head", *[""] * 6, head, head]]

@@ -17,6 +17,7 @@ COMMANDS = {
     "data": ("zoo.cli.data", "tokenise text into training data; train a tokenizer"),
     "import": ("zoo.cli.import_", "convert published weights into a zoo checkpoint"),
     "export": ("zoo.cli.export", "convert a zoo checkpoint into the published layout"),
+    "verify": ("zoo.cli.verify", "check a checkpoint directory without loading it"),
     "generate": ("zoo.cli.generate", "continue a prompt"),
     "eval": ("zoo.cli.eval", "score a checkpoint on lm-eval tasks"),
     "compare": ("zoo.cli.compare", "train and evaluate the models of a study, write a report"),
@@ -24,6 +25,7 @@ COMMANDS = {
     "list": ("zoo.cli.list_", "list the models of the zoo"),
     "plan": ("zoo.cli.plan", "how to spread a model over GPUs: memory, traffic and time of every layout"),
     "card": ("zoo.cli.card", "sizes and costs of a model, from its config alone"),
+    "diff": ("zoo.cli.diff", "how two architectures differ, as a table"),
 }
 """Command → (module, one-line help). A module has ``add_arguments(parser)`` and ``run(args) -> int``; ``fit``, whose
 arguments LightningCLI parses, has ``run_argv(argv) -> int`` instead."""
@@ -33,7 +35,7 @@ USER_ERRORS = (ValueError, OSError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 success, 2 a mistake in the input, 130 interrupted."""
+    """Run one command and return its exit code: 0 success, 1 findings, 2 a mistake in the input, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] not in COMMANDS:
         return _without_command(arguments)

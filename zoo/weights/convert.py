@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,22 +191,50 @@ def published_directory(source: str | Path) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class PublishedTensors:
+    """What a published directory holds, by its config.json."""
+
+    ops: list[Op]
+    shapes: dict[str, Shape]
+    """Name → shape of every tensor that must be there."""
+    ignored: tuple[str, ...]
+    """Regular expressions of those that may be there besides."""
+    tied_head: bool
+    """Whether an output head is stored although it is tied to the embedding."""
+
+    @property
+    def embedding(self) -> str:
+        """Published name of the input embedding."""
+        (name,) = next(op.sources for op in self.ops if op.targets == ("embed_tokens.weight",))
+        return name
+
+
+def published_tensors(spec: ModelSpec, hf: Mapping[str, Any], names: Collection[str]) -> PublishedTensors:
+    """What the family of ``spec`` maps to; ``names``, of the tensors that are there, tell the layout."""
+    family = exporting_family(spec)
+    fused = any(name.endswith(".experts.gate_up_proj") for name in names)
+    ops = family.weight_map(spec.model, "fused" if fused else "per_expert")
+    tied, ignored = spec.model.tie_word_embeddings and PUBLISHED_HEAD in names, family.ignored(hf)
+    return PublishedTensors(
+        ops=ops,
+        shapes=source_shapes(ops, parameter_shapes(spec.model)),
+        ignored=(*ignored, re.escape(PUBLISHED_HEAD)) if tied else ignored,
+        tied_head=tied,
+    )
+
+
 @contextmanager
 def open_published(directory: Path) -> Iterator[tuple[ModelSpec, Stream]]:
     """The model in a published directory and its tensors under our names, checked but not read yet."""
     spec = published_spec(directory)
-    family = exporting_family(spec)
     hf = read_json(directory / "config.json")
-    ignored = family.ignored(hf)
     with (Mxfp4Source if quantization(hf) == "mxfp4" else TensorSource)(directory) as source:
-        fused = any(name.endswith(".experts.gate_up_proj") for name in source.entries)
-        ops = family.weight_map(spec.model, "fused" if fused else "per_expert")
-        expected = source_shapes(ops, parameter_shapes(spec.model))
-        tied = spec.model.tie_word_embeddings and PUBLISHED_HEAD in source.entries
-        left_out = check_tensors(source, expected, ops, (*ignored, re.escape(PUBLISHED_HEAD)) if tied else ignored)
-        if tied:
-            (embedding,) = next(op.sources for op in ops if op.targets == ("embed_tokens.weight",))
-            check_copy(source, PUBLISHED_HEAD, embedding)
+        published = published_tensors(spec, hf, source.entries)
+        ops = published.ops
+        left_out = check_tensors(source, published.shapes, ops, published.ignored)
+        if published.tied_head:
+            check_copy(source, PUBLISHED_HEAD, published.embedding)
         yield spec, Stream(ops, source, left_out=left_out)
 
 

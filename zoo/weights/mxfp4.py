@@ -9,6 +9,7 @@ Shapes: E experts, C columns of the input, R rows of the output, G = C / 32 grou
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,23 +38,7 @@ class Mxfp4Source(TensorSource):
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
-        packed = [name.removesuffix("_blocks") for name in self.entries if name.endswith("_blocks")]
-        for name in packed:
-            blocks, scales = self.entries.get(f"{name}_blocks"), self.entries.get(f"{name}_scales")
-            assert blocks is not None
-            if scales is None:
-                raise ValueError(f"{blocks.path}: {name}_blocks is there without {name}_scales; download it again")
-            fits = blocks.shape == (*scales.shape, GROUP // 2) and len(scales.shape) == 3
-            if not fits or {blocks.dtype, scales.dtype} != {"U8"}:
-                raise ValueError(
-                    f"{blocks.path}: {name}_blocks {list(blocks.shape)} {blocks.dtype} and {name}_scales "
-                    f"{list(scales.shape)} {scales.dtype} are not MXFP4: give uint8 [E, R, G, 16] and [E, R, G]"
-                )
-        self._blocks = {name: self.entries.pop(f"{name}_blocks") for name in packed}
-        self._scales = {name: self.entries.pop(f"{name}_scales") for name in packed}
-        for name, entry in self._scales.items():
-            experts, rows, groups = entry.shape
-            self.entries[name] = Entry(entry.path, (experts, groups * GROUP, rows), "BF16")
+        self._blocks, self._scales, self.entries = unpacked_entries(self.entries)
 
     def read(self, name: str) -> Tensor:
         """See ``TensorSource``; one expert is unpacked at a time."""
@@ -83,6 +68,30 @@ class Mxfp4Source(TensorSource):
     def _packed(self, name: str, entry: Entry, region: Region) -> Tensor:
         tensor: Tensor = self._file(entry.path).get_slice(name)[region]
         return tensor
+
+
+def unpacked_entries(
+    entries: Mapping[str, Entry],
+) -> tuple[dict[str, Entry], dict[str, Entry], dict[str, Entry]]:
+    """(blocks, scales, all tensors with a bf16 one in place of each pair); see ``Mxfp4Source`` for the errors."""
+    rest = dict(entries)
+    packed = [name.removesuffix("_blocks") for name in entries if name.endswith("_blocks")]
+    for name in packed:
+        blocks, scales = entries[f"{name}_blocks"], entries.get(f"{name}_scales")
+        if scales is None:
+            raise ValueError(f"{blocks.path}: {name}_blocks is there without {name}_scales; download it again")
+        fits = blocks.shape == (*scales.shape, GROUP // 2) and len(scales.shape) == 3
+        if not fits or {blocks.dtype, scales.dtype} != {"U8"}:
+            raise ValueError(
+                f"{blocks.path}: {name}_blocks {list(blocks.shape)} {blocks.dtype} and {name}_scales "
+                f"{list(scales.shape)} {scales.dtype} are not MXFP4: give uint8 [E, R, G, 16] and [E, R, G]"
+            )
+    all_blocks = {name: rest.pop(f"{name}_blocks") for name in packed}
+    all_scales = {name: rest.pop(f"{name}_scales") for name in packed}
+    for name, entry in all_scales.items():
+        experts, rows, groups = entry.shape
+        rest[name] = Entry(entry.path, (experts, groups * GROUP, rows), "BF16")
+    return all_blocks, all_scales, rest
 
 
 def unpack(blocks: Tensor, scales: Tensor) -> Tensor:

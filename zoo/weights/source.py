@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +125,7 @@ def weight_files(directory: Path) -> list[Path]:
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, Mapping) or not listed:
         raise ValueError(f"{index}: 'weight_map' is missing or empty; download the checkpoint again")
-    return [_shard(directory, index, name) for name in sorted(set(map(str, listed.values())))]
+    return [shard_path(directory, index, name) for name in sorted(set(map(str, listed.values())))]
 
 
 _PICKLE = (
@@ -140,8 +140,12 @@ def refuse_pickle(path: Path) -> None:
         raise ValueError(f"{path}: {_PICKLE}")
 
 
-def _shard(directory: Path, index: Path, name: str) -> Path:
-    """The file ``name`` of an index, which must lie in the directory itself."""
+def shard_path(directory: Path, index: Path, name: str) -> Path:
+    """The file ``name`` of an index, which must lie in the directory itself.
+
+    Raises:
+        ValueError: it is not there, lies elsewhere, links included, or is a pickle.
+    """
     path = directory / name
     refuse_pickle(path)
     roots = [directory.resolve()]
@@ -188,20 +192,30 @@ def check_tensors(
         raise ValueError(f"{where}: tensor {missing[0]!r} is missing{_more(missing)}{hint}; check that the config fits")
     if extra:
         raise ValueError(f"{where}: tensor {extra[0]!r} has no place in the model{_more(extra)}; check the config")
+    for path, problem in misfits(found, expected, ops):
+        raise ValueError(f"{path}: {problem}")
+    return left_out
+
+
+def misfits(found: Mapping[str, Entry], expected: Mapping[str, Shape], ops: Iterable[Op]) -> Iterator[tuple[Path, str]]:
+    """(file, problem) of each tensor of ``found`` whose shape or dtype is not as ``expected``, or as its group's."""
     for name, shape in expected.items():
-        entry = found[name]
+        entry = found.get(name)
+        if entry is None:
+            continue
         if entry.shape != tuple(shape):
-            raise ValueError(
-                f"{entry.path}: tensor {name!r} has shape {list(entry.shape)}, but the config needs {list(shape)}"
+            yield (
+                entry.path,
+                f"tensor {name!r} has shape {list(entry.shape)}, but the config needs {list(shape)}",
             )
         if entry.dtype not in DTYPES:
             fix = "fp8 and integer weights are not supported; use the bf16, fp16 or fp32 weights"
-            raise ValueError(f"{entry.path}: tensor {name!r} has dtype {entry.dtype}; {fix}")
+            yield entry.path, f"tensor {name!r} has dtype {entry.dtype}; {fix}"
     for op in ops:
-        dtypes = {found[name].dtype for name in op.sources}
+        group = [found[name] for name in op.sources if name in found]
+        dtypes = sorted({entry.dtype for entry in group})
         if len(dtypes) > 1:
-            raise ValueError(f"{where}: {op.sources[0]!r} and its group mix dtypes {sorted(dtypes)}; save them in one")
-    return left_out
+            yield group[0].path, f"{op.sources[0]!r} and its group mix dtypes {dtypes}; save them in one"
 
 
 def check_copy(source: TensorSource, copy: str, original: str) -> None:

@@ -1,0 +1,1 @@
+"""Architectures put into words, tables and drawings, from their configs alone."""

@@ -1,0 +1,155 @@
+"""What a drawing of one block shows: its parts in the order of the computation, each with a title and a few lines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zoo.config import AttentionConfig, MLAConfig, ModelConfig, MoEConfig
+from zoo.describe.rows import WORDS, attention_kind, number
+
+
+@dataclass(frozen=True)
+class Part:
+    """A box."""
+
+    title: str
+    lines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The row of boxes below a router."""
+
+    count: int
+    shared: int
+    line: str
+    """What one of them is."""
+
+
+@dataclass(frozen=True)
+class SubBlock:
+    """x + parts(x): a mixer or a feed-forward network and the norms around it."""
+
+    before: tuple[Part, ...]
+    main: Part
+    experts: Experts | None
+    after: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class BlockDrawing:
+    """One block of a model: its two sub-blocks, and how the other blocks differ from it."""
+
+    width: int
+    sub_blocks: tuple[SubBlock, ...]
+    notes: tuple[str, ...]
+
+
+def block_drawing(config: ModelConfig) -> BlockDrawing:
+    """The block of the first layer that has experts, where the model has any."""
+    moe_layers = [layer for layer in range(config.num_layers) if config.is_moe_layer(layer)]
+    layer = moe_layers[0] if moe_layers else 0
+    norm = Part(WORDS[config.norm])
+    before = () if config.norm_placement == "after" else (norm,)
+    after = () if config.norm_placement == "before" else (norm,)
+    gate = WORDS[config.ffn]
+    if config.moe and moe_layers:
+        ffn, experts = _router(config.moe), _experts(config.moe, gate)
+    else:
+        ffn, experts = Part(gate, (f"{config.intermediate_size:,} wide",)), None
+    mixer = SubBlock(before, _mixer(config, layer), None, after)
+    return BlockDrawing(config.hidden_size, (mixer, SubBlock(before, ffn, experts, after)), _notes(config, moe_layers))
+
+
+def _mixer(config: ModelConfig, layer: int) -> Part:
+    if config.mla:
+        return Part("Multi-head latent attention", (*_mla(config.mla), _rope(config)))
+    assert config.attention is not None
+    chunked = config.attention.interleaved_rope is not None
+    lines = (*_attention(config.attention, layer), *([] if chunked else [_rope(config)]))
+    return Part(f"{attention_kind(config.attention).capitalize()} attention", lines)
+
+
+def _mla(m: MLAConfig) -> list[str]:
+    latents = f"latents: {m.kv_lora_rank:,} for keys and values"
+    return [
+        f"{m.num_heads} heads of {m.qk_nope_head_dim} + {m.qk_rope_head_dim} rotary, values of {m.v_head_dim}",
+        latents + (f", {m.q_lora_rank:,} for queries" if m.q_lora_rank else ""),
+    ]
+
+
+def _attention(a: AttentionConfig, layer: int) -> list[str]:
+    heads = f"{a.num_heads} heads of {a.head_dim}"
+    lines = [heads if a.num_kv_heads == a.num_heads else f"{heads}, {a.num_kv_heads} for keys and values"]
+    if a.qkv_bias or a.output_bias:
+        lines.append("biases of " + " and ".join(["q, k, v"] * a.qkv_bias + ["the output"] * a.output_bias))
+    if a.qk_norm:
+        lines.append(f"RMSNorm of q and k over {WORDS[a.qk_norm]}")
+    if a.clip_qkv:
+        lines.append(f"q, k, v clamped to ±{number(a.clip_qkv)}")
+    if a.sliding_window:
+        every = f", but in every {_ordinal(a.full_attention_interval)} layer" if a.full_attention_interval else ""
+        lines.append(f"window of {a.sliding_window:,} tokens{every}")
+    if a.logit_softcap:
+        lines.append(f"scores capped at ±{number(a.logit_softcap)}")
+    if a.sinks:
+        lines.append("a learned sink for every head")
+    if a.interleaved_rope:
+        chunk, interval = a.interleaved_rope.chunk_size, a.interleaved_rope.full_attention_interval
+        lines.append(f"rotary positions in chunks of {chunk:,} tokens,")
+        lines.append(f"neither in every {_ordinal(interval)} layer")
+    return lines
+
+
+def _rope(config: ModelConfig) -> str:
+    rope = config.rope
+    scalings = [("YaRN", rope.yarn), ("Llama 3 scaling", rope.llama3), ("linear scaling", rope.linear)]
+    scaled = [f", {name} × {number(scaling.factor)}" for name, scaling in scalings if scaling]
+    return f"rotary positions, θ = {number(rope.theta)}" + "".join(scaled)
+
+
+def _router(moe: MoEConfig) -> Part:
+    lines = [f"{moe.score_func} scores, {moe.top_k} of {moe.num_experts} experts"]
+    if moe.num_groups > 1:
+        lines.append(f"from {moe.top_k_groups} of {moe.num_groups} groups, each scored by {WORDS[moe.group_score]}")
+    if moe.router_bias:
+        lines.append("a bias for selection only")
+    if moe.router_logit_bias:
+        lines.append("logits with biases")
+    weights = ["renormalised"] * moe.norm_topk_prob
+    weights += [f"× {number(moe.routed_scaling_factor)}"] * (moe.routed_scaling_factor != 1)
+    if weights:
+        lines.append("weights " + ", ".join(weights))
+    if moe.scaled_input:
+        lines.append("the weight multiplies the input")
+    return Part("Router", tuple(lines))
+
+
+def _experts(moe: MoEConfig, gate: str) -> Experts:
+    clamped = f", clamped to ±{number(moe.swiglu_limit)}, with biases" if moe.swiglu_limit else ""
+    gated = ", the shared one behind a gate" if moe.shared_expert_gate else ""
+    return Experts(
+        moe.num_experts, moe.num_shared_experts, f"{gate}, {moe.moe_intermediate_size:,} wide{clamped}{gated}"
+    )
+
+
+def _notes(config: ModelConfig, moe_layers: list[int]) -> tuple[str, ...]:
+    if not moe_layers:
+        return (f"{config.num_layers} layers.",)
+    dense = [layer for layer in range(config.num_layers) if layer not in moe_layers]
+    if not dense:
+        return (f"{config.num_layers} layers, all with experts.",)
+    width = f"the others have a {WORDS[config.ffn]} of {config.intermediate_size:,}"
+    return (f"{config.num_layers} layers, {len(moe_layers)} with experts; {width} ({_ranges(dense)}, from 0).",)
+
+
+def _ranges(layers: list[int]) -> str:
+    """Numbers in words: 0 to 2, or the first few."""
+    if layers == list(range(layers[0], layers[-1] + 1)):
+        return f"layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
+    return "layers " + ", ".join(map(str, layers[:3])) + (", …" if len(layers) > 3 else "")
+
+
+def _ordinal(number: int) -> str:
+    suffix = {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th") if number % 100 not in (11, 12, 13) else "th"
+    return "second" if number == 2 else f"{number}{suffix}"
