@@ -12,7 +12,7 @@ import pytest
 from zoo.harness.compare import Run, fit_config
 from zoo.harness.measure import guess_rate, item_scores
 from zoo.harness.study import TrainingConfig, load_study, resolve_models
-from zoo.harness.summary import mcnemar, model_scores
+from zoo.harness.summary import mcnemar, not_ranked, skill_scores, task_scores
 
 SKILLS = {"knowledge": ["trivia"], "comprehension": ["boolq", "copa"]}
 GUESSES = {"trivia": 0.05, "boolq": 0.6, "copa": 0.5}
@@ -52,19 +52,28 @@ def test_items_are_scored_by_the_first_metric_and_named_by_number_and_hash() -> 
 
 def test_a_task_is_at_chance_unless_every_seed_beats_guessing_after_holm() -> None:
     scores = {"trivia": right(100, 30, 35), "boolq": right(100, 90, 62), "copa": right(100, 80, 75)}
-    found = model_scores(scores, SKILLS, GUESSES)
+    found = task_scores(scores, GUESSES)
     assert {task: found[task]["at_chance"] for task in scores} == {"trivia": False, "boolq": True, "copa": False}
     assert found["boolq"]["p_value"] == found["boolq"]["p_holm"] > 0.3, "the worse seed counts; Holm leaves the last"
-    assert found["comprehension"]["value"] == pytest.approx((0.76 + 0.775) / 2)
-    assert found["comprehension"]["guess"] == pytest.approx(0.55) and found["comprehension"]["items"] == 200
-    assert "at_chance" not in found["comprehension"]
+    skills = skill_scores(scores, SKILLS, GUESSES)
+    assert skills["comprehension"]["value"] == pytest.approx((0.76 + 0.775) / 2)
+    assert skills["comprehension"]["guess"] == pytest.approx(0.55) and skills["comprehension"]["items"] == 200
+
+
+def test_a_task_is_left_out_where_no_model_is_above_chance() -> None:
+    weak, strong = ({"trivia": right(100, 4), "boolq": right(100, n), "copa": right(100, 80)} for n in (50, 90))
+    by_task = {name: task_scores(scores, GUESSES) for name, scores in {"weak": weak, "strong": strong}.items()}
+    assert not_ranked(by_task) == ["trivia"]
+    assert not_ranked({"weak": by_task["weak"]}) == ["trivia", "boolq"]
+    untested = task_scores({"f1": right(100, 50) * 0.5}, {"f1": 0.9})
+    assert not_ranked({"any": untested}) == [], "what cannot be tested is not said to be at chance"
 
 
 def test_scores_that_are_not_right_or_wrong_are_not_tested() -> None:
     scores = {"trivia": right(100, 30), "boolq": right(100, 90) * 0.5, "copa": right(100, 80)}
-    found = model_scores(scores, SKILLS, GUESSES)
+    found = task_scores(scores, GUESSES)
     assert found["boolq"]["p_value"] is None and found["boolq"]["at_chance"] is None
-    assert found["comprehension"]["p_value"] is None and found["copa"]["p_holm"] < 1e-6
+    assert skill_scores(scores, SKILLS, GUESSES)["comprehension"]["p_value"] is None and found["copa"]["p_holm"] < 1e-6
     assert list(mcnemar({task: (table, table) for task, table in scores.items()})) == ["trivia", "copa"]
 
 

@@ -9,31 +9,41 @@ from typing import Any
 SIGNIFICANCE = 0.001
 """Largest p-value that counts as clearly better than guessing."""
 
-MATCHED = {"active": "active parameters", "total": "total parameters", "flops": "training FLOPs"}
+SKILLS = ("knowledge", "comprehension")
+
+MATCHED = {"active": "active parameters", "total": "total parameters", "flops": "training FLOPs", "time": "step time"}
 
 
 def sentences(report: Mapping[str, Any]) -> list[str]:
-    """The report in a few sentences: first whether the models learnt anything, then each contrast.
+    """The report in a few sentences: the first contrast, whether guessing would do, what was left out, other contrasts.
 
     Nothing here depends on a clock: the view at equal time is in the report's table.
     """
-    models = {model["name"]: model for model in report["models"]}
-    drawn = "items and seeds" if len(report["seeds"]) > 1 else "items"
-    result = [_against_guessing(report["models"])]
+    result = []
     for comparison in report["comparisons"]:
-        sparse, dense = models[comparison["sparse"]], models[comparison["dense"]]
-        matched = f"At equal {MATCHED[comparison['matched_by']]}"
-        result += [
-            f"{matched}, {_contrast(skill, sparse, dense, comparison['views']['tokens']['scores'][skill], drawn)}"
-            for skill in ("knowledge", "comprehension")
-        ]
-        result.append(_ratio(comparison))
+        result.append(_contrast(report, comparison, "tokens", f"At equal {held_equal(comparison)}"))
         if "loss" in comparison["views"]:
-            result.append(_at_equal_perplexity(comparison, drawn))
-        if comparison["at_chance"]:
+            perplexity = math.exp(comparison["views"]["loss"]["at"])
+            result.append(_contrast(report, comparison, "loss", f"At equal perplexity ({perplexity:.2f})"))
+        both = [task for task in comparison["at_chance"] if task not in report["not_ranked"]]
+        if both:
             pair = f"{comparison['sparse']} and {comparison['dense']}"
-            result.append(f"Of {pair}, neither is above chance on {', '.join(comparison['at_chance'])}: not ranked.")
-    return result
+            result.append(f"Of {pair}, neither is above chance on {', '.join(both)}: not ranked.")
+    chance = [_against_guessing(report)]
+    if report["not_ranked"]:
+        chance.append(f"No model is above chance on {', '.join(report['not_ranked'])}: left out here.")
+    return [*result[:1], *chance, *result[1:]]
+
+
+def held_equal(comparison: Mapping[str, Any]) -> str:
+    """What two models have in common at the end of training."""
+    return " and ".join([*([MATCHED[by]] if (by := comparison["matched_by"]) else []), "tokens"])
+
+
+def ranked_tasks(report: Mapping[str, Any], skill: str, comparison: Mapping[str, Any] | None = None) -> list[str]:
+    """The tasks of a skill on which some model is above chance; of a comparison, one of its two."""
+    left_out = {*report["not_ranked"], *(comparison["at_chance"] if comparison else ())}
+    return [task for task in report["tasks"][skill] if task not in left_out]
 
 
 def percent(value: float) -> str:
@@ -56,63 +66,50 @@ def tells_apart(difference: Mapping[str, float]) -> bool:
     return difference["low"] > 0 or difference["high"] < 0
 
 
-def _against_guessing(models: list[Mapping[str, Any]]) -> str:
+def _against_guessing(report: Mapping[str, Any]) -> str:
+    scores = {(model["name"], skill): model["scores"][skill] for model in report["models"] for skill in SKILLS}
     weak = [
-        f"{model['name']} on {skill} (p = {p:.2g})"
-        for model in models
-        for skill in ("knowledge", "comprehension")
-        if (p := model["scores"][skill]["p_value"]) is not None and p > SIGNIFICANCE
+        f"{name} on {skill} (p = {score['p_value']:.2g})"
+        for (name, skill), score in scores.items()
+        if score["p_value"] is not None and score["p_value"] > SIGNIFICANCE
     ]
     if weak:
         return f"Not clearly better than guessing: {', '.join(weak)}; contrasts there mean little."
-    tested = any(model["scores"][skill]["p_value"] is not None for model in models for skill in model["scores"])
-    if not tested:
+    if all(score["p_value"] is None for model in report["models"] for score in model["scores"].values()):
         return "No task here has a known guess rate, so no score was tested against guessing."
     return f"Every model beats guessing on knowledge and on comprehension (exact test, p < {SIGNIFICANCE})."
 
 
-def _contrast(
-    skill: str, sparse: Mapping[str, Any], dense: Mapping[str, Any], score: Mapping[str, Any], drawn: str
-) -> str:
-    values = [percent(value) for value in score["values"]]
-    items = sparse["scores"][skill]["items"]
-    return (
-        f"{sparse['name']} answers {values[0]} and {dense['name']} {values[1]} of {items:,} {skill} items: "
-        f"{_difference(score['difference'], drawn)}."
-    )
-
-
-def _difference(difference: Mapping[str, float], drawn: str) -> str:
-    text = f"{points(difference['value'])} points (95% interval {interval(difference)})"
-    return text if tells_apart(difference) else f"{text}, which these {drawn} cannot tell from no difference"
-
-
-def _at_equal_perplexity(comparison: Mapping[str, Any], drawn: str) -> str:
-    view = comparison["views"]["loss"]
-    subject = f"At equal perplexity ({math.exp(view['at']):.2f}), {comparison['sparse']} over {comparison['dense']}"
+def _contrast(report: Mapping[str, Any], comparison: Mapping[str, Any], axis: str, where: str) -> str:
+    view = comparison["views"][axis]
+    subject = f"{where}, {comparison['sparse']} against {comparison['dense']}"
     if view["scores"] is None:
         return f"{subject}: not determined, because one of the two was better than that at its first checkpoint."
+    drawn = "items and seeds" if len(report["seeds"]) > 1 else "items"
+    ranked = [skill for skill in SKILLS if ranked_tasks(report, skill, comparison)]
     parts = [
-        f"{skill} {_difference(view['scores'][skill]['difference'], drawn)}" for skill in ("knowledge", "comprehension")
+        f"{skill} {_difference(view['scores'][skill], drawn)}"
+        if skill in ranked
+        else f"{skill} not ranked, because neither is above chance on any task of it"
+        for skill in SKILLS
     ]
-    return f"{subject}: {'; '.join(parts)}; ratio of relative gains {_value(view)}."
+    if len(ranked) == len(SKILLS):
+        parts.append(f"ratio of relative gains {_value(view)}")
+    return f"{subject}: {'; '.join(parts)}."
 
 
-def _ratio(comparison: Mapping[str, Any]) -> str:
-    pair = f"{comparison['sparse']} over {comparison['dense']}"
-    return (
-        f"Relative gain on knowledge ÷ relative gain on comprehension, {pair}: {_value(comparison['views']['tokens'])}."
-    )
+def _difference(score: Mapping[str, Any], drawn: str) -> str:
+    values, difference = [percent(value) for value in score["values"]], score["difference"]
+    text = f"{values[0]} and {values[1]}, {points(difference['value'])} points (95% interval {interval(difference)})"
+    return text if tells_apart(difference) else f"{text}, which these {drawn} cannot tell from no difference"
 
 
 def _value(view: Mapping[str, Any]) -> str:
     """The ratio of a view with its interval, or why there is none."""
     ratio = view["gain_ratio"]
     if ratio is None:
-        gains = [view["scores"][skill]["relative_gain"] for skill in ("knowledge", "comprehension")]
-        reason = (
-            "the dense model may score zero" if None in gains else "the gain on comprehension cannot be told from zero"
-        )
+        gains = [view["scores"][skill]["relative_gain"] for skill in SKILLS]
+        reason = "the second model may score zero" if None in gains else "the gain on comprehension may be zero"
         return f"not determined, because {reason}"
     return ratio_text(ratio)
 

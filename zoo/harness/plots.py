@@ -1,196 +1,199 @@
-"""The figures of a report: inline SVG for the page, PNG and the plotted numbers as CSV for files."""
+"""The figures of a report: SVG for its page, PNG and the plotted numbers as CSV for files."""
 
 from __future__ import annotations
 
-import csv
-import io
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
 
-from zoo.harness.headline import MATCHED
+from zoo.cli.text import short
+from zoo.harness.drawing import (
+    COLOURS,
+    FAINT,
+    INK,
+    STYLE,
+    WIDTH,
+    Plot,
+    finish,
+    legend,
+    looks,
+    plt,
+    readable_on,
+    wrapped,
+)
+from zoo.harness.headline import SKILLS, held_equal
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe and Ito's palette, which colour-blind readers can tell apart."""
-
-_STYLE: Any = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.constrained_layout.use": True,
-    "svg.hashsalt": "zoo",  # ids that do not change from run to run
-}
-_SIZE = (5.2, 3.4)
-"""Inches. Small, so that the text stays readable where the figure is scaled down to a telephone."""
-
-SKILLS = ("knowledge", "comprehension")
-
-LABELS = {
+AXES = {
     "loss": "validation loss, nats a token",
     "tokens": "training tokens",
     "flops": "training FLOPs",
     "seconds": "time of training, s",
 }
 
+_LINE = 0.17
+"""Inches of a line of text."""
 
-@dataclass(frozen=True)
-class Plot:
-    """A figure in its three forms."""
-
-    name: str
-    """Of its files, without suffix."""
-    title: str
-    svg: str
-    png: bytes
-    rows: list[list[Any]]
-    """The plotted numbers, under a row of headings."""
-
-    def csv(self) -> str:
-        """``rows`` as text."""
-        buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\n").writerows(self.rows)
-        return buffer.getvalue()
+_LAYERS_SHOWN = 4
 
 
 def plots(report: Mapping[str, Any]) -> list[Plot]:
     """Every figure of a report."""
-    with plt.rc_context(_STYLE):
-        result = [scores(report)]
-        result += [forest(comparison, report["tasks"]) for comparison in report["comparisons"]]
-        if len(report["models"][0]["checkpoints"]) > len(report["seeds"]):
-            result += [
-                against(report, axis) for axis in LABELS if report["models"][0]["checkpoints"][0][axis] is not None
-            ]
-        result.append(curves(report))
-        result += [expert_load(model) for model in report["models"] if model["expert_load"]]
-        return result + [task_load(model) for model in report["models"] if model["task_load"]]
-
-
-def scores(report: Mapping[str, Any]) -> Plot:
-    """Scores with intervals and guess rates: each skill, and its tasks where it has several."""
-    names = [name for skill, tasks in report["tasks"].items() for name in (skill, *(tasks if len(tasks) > 1 else ()))]
     models = report["models"]
-    figure, axes = plt.subplots(figsize=(_SIZE[0], 0.55 * len(names) + 1.2))
-    rows = [["model", "score of", "value", "low", "high", "guess"]]
-    for number, (model, colour) in enumerate(zip(models, _cycle(len(models)), strict=True)):
-        estimates = [model["scores"][name] for name in names]
-        heights = [i + 0.6 * (number / max(len(models) - 1, 1) - 0.5) for i in range(len(names))]
-        _bars(axes, estimates, heights, color=colour, label=model["name"])
-        rows += [
-            [model["name"], n, e["value"], e["low"], e["high"], e["guess"]]
-            for n, e in zip(names, estimates, strict=True)
-        ]
-    for i, name in enumerate(names):
-        guess = 100 * models[0]["scores"][name]["guess"]
-        axes.plot([guess, guess], [i - 0.4, i + 0.4], ":", color="grey", label=None if i else "guessing")
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set(xlabel="score, % (bars: 95% intervals)", xlim=(-2, 102))
-    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
-    return _plot(figure, "scores", "Scores", rows)
+    several = len(models[0]["checkpoints"]) > len(report["seeds"])
+    tasks = [task for members in report["tasks"].values() for task in members if len(members) > 1]
+    with plt.rc_context(STYLE):
+        result = [score_of(report, skill, "scores") for skill in SKILLS]
+        if several:
+            result += [against(report, axis) for axis in AXES if models[0]["checkpoints"][0][axis] is not None]
+        result += [forest(comparison, report["tasks"]) for comparison in report["comparisons"]]
+        result += [score_of(report, task, "tasks") for task in dict.fromkeys(tasks)]
+        result += [expert_load(model) for model in models if model["expert_load"]]
+        result += [task_load(model) for model in models if model["task_load"]]
+        return [*result, curves(report)]
+
+
+def score_of(report: Mapping[str, Any], name: str, section: str) -> Plot:
+    """Every model's score on a skill or task with its interval; grey where it is not above chance."""
+    models = report["models"]
+    scores = [model["scores"][name] for model in models]
+    labels = [wrapped(model["name"]) for model in models]
+    figure, axes, heights = _rows(labels, extra=0.75)
+    for height, model, score, look in zip(heights, models, scores, _looks(models), strict=True):
+        colour = FAINT if score.get("at_chance") else look["color"]
+        _bar(axes, score, height, color=colour, marker="o" if model["sparse"] else "s")
+    guess = scores[0]["guess"]
+    axes.axvline(100 * guess, linestyle=":", color=FAINT)
+    axes.set(xlabel="score, %")
+    rows = [["model", "score of", "value", "low", "high", "guess", "at chance"]]
+    rows += [
+        [model["name"], name, *(score[key] for key in ("value", "low", "high", "guess")), score.get("at_chance")]
+        for model, score in zip(models, scores, strict=True)
+    ]
+    note = f"Bars are 95% intervals, the dotted line is guessing ({100 * guess:.1f}%)."
+    if name in report["not_ranked"]:
+        note += " No model is above chance here: not ranked."
+    elif any(score.get("at_chance") for score in scores):
+        note += " Grey: not above chance."
+    return finish(figure, f"score-{name}", section, f"Score on {name}", note, rows)
 
 
 def forest(comparison: Mapping[str, Any], tasks: Mapping[str, Sequence[str]]) -> Plot:
     """Sparse minus dense of each skill and task with its interval; grey where neither model is above chance."""
     names = [name for skill, members in tasks.items() for name in (skill, *members)]
     differences = [comparison["views"]["tokens"]["scores"][name]["difference"] for name in names]
-    figure, axes = plt.subplots(figsize=(_SIZE[0], 0.32 * len(names) + 1.1))
-    for height, (name, difference) in enumerate(zip(names, differences, strict=True)):
-        colour = "#999999" if name in comparison["at_chance"] else COLOURS[0] if name in tasks else "#333333"
-        _bars(axes, [difference], [height], color=colour, marker="D" if name in tasks else "o")
-    axes.axvline(0, color="grey", linewidth=0.8)
-    labels = [f"{name} (at chance)" if name in comparison["at_chance"] else name for name in names]
-    axes.set_yticks(range(len(names)), labels)
-    axes.invert_yaxis()
-    axes.set(xlabel="sparse − dense, points (bars: 95% intervals)")
-    title = f"{comparison['sparse']} − {comparison['dense']} at equal {MATCHED[comparison['matched_by']]} and tokens"
+    at_chance = [name in comparison["at_chance"] for name in names]
+    labels = [wrapped(f"{name} (at chance)" if grey else name) for name, grey in zip(names, at_chance, strict=True)]
+    figure, axes, heights = _rows(labels, extra=0.75)
+    axes.axvline(0, color=FAINT, linewidth=0.8)
+    for height, name, difference, grey in zip(heights, names, differences, at_chance, strict=True):
+        colour = FAINT if grey else COLOURS[0] if name in tasks else INK
+        _bar(axes, difference, height, color=colour, marker="D" if name in tasks else "o")
+    axes.set(xlabel="difference, points")
     rows: list[list[Any]] = [["difference of", "value", "low", "high", "at chance"]]
-    rows += [
-        [n, d["value"], d["low"], d["high"], n in comparison["at_chance"]]
-        for n, d in zip(names, differences, strict=True)
-    ]
-    return _plot(figure, f"forest-{comparison['dense']}", title, rows)
+    rows += [[n, d["value"], d["low"], d["high"], c] for n, d, c in zip(names, differences, at_chance, strict=True)]
+    title = f"{comparison['sparse']} − {comparison['dense']}"
+    note = (
+        f"At equal {held_equal(comparison)}; to the right {comparison['sparse']} is better. Bars are 95% intervals; "
+        "diamonds are the means of the skills."
+    )
+    return finish(figure, f"forest-{comparison['sparse']}-{comparison['dense']}", "comparisons", title, note, rows)
 
 
 def against(report: Mapping[str, Any], axis: str) -> Plot:
-    """Score of each skill against loss, tokens, FLOPs or time: a line for each training, dots at its checkpoints."""
-    figure, panels = plt.subplots(2, 1, figsize=(_SIZE[0], 1.7 * _SIZE[1]), sharex=True)
+    """Score of each skill against loss, tokens, FLOPs or time: means over the seeds, and faintly each training."""
+    models, seeds = report["models"], report["seeds"]
+    names = [model["name"] for model in models]
+    figure, panels = plt.subplots(2, 1, figsize=(WIDTH, 4.6 + _legend_height(names)), sharex=True)
     rows = [["model", "seed", "step", axis, *SKILLS]]
-    for model, colour in zip(report["models"], _cycle(len(report["models"])), strict=True):
-        for number, seed in enumerate(report["seeds"]):
-            points = [point for point in model["checkpoints"] if point["seed"] == seed]
-            rows += [
-                [model["name"], seed, p["step"], p[axis], *(p["scores"][skill] for skill in SKILLS)] for p in points
-            ]
-            for skill, panel in zip(SKILLS, panels, strict=True):
-                label = model["name"] if number == 0 and skill == SKILLS[0] else None
-                values = [100 * p["scores"][skill] for p in points]
-                panel.plot(
-                    [p[axis] for p in points], values, "o-", color=colour, markersize=3, linewidth=1, label=label
-                )
+    for model, look in zip(models, _looks(models), strict=True):
+        runs = [[point for point in model["checkpoints"] if point["seed"] == seed] for seed in seeds]
+        rows += [
+            [model["name"], p["seed"], p["step"], p[axis], *(p["scores"][s] for s in SKILLS)]
+            for run in runs
+            for p in run
+        ]
+        for skill, panel in zip(SKILLS, panels, strict=True):
+            table = np.array([[(p[axis], 100 * p["scores"][skill]) for p in run] for run in runs])  # [seeds][points][2]
+            for line in table if len(seeds) > 1 else ():
+                panel.plot(*line.T, color=look["color"], linewidth=0.8, alpha=0.3)
+            label = model["name"] if skill == SKILLS[0] else None
+            panel.plot(*table.mean(axis=0).T, **look, markersize=4, linewidth=1.5, label=label)
     for skill, panel in zip(SKILLS, panels, strict=True):
-        panel.axhline(100 * report["models"][0]["scores"][skill]["guess"], linestyle=":", color="grey")
+        panel.axhline(100 * models[0]["scores"][skill]["guess"], linestyle=":", color=FAINT)
         panel.set(ylabel=f"{skill}, %")
-    panels[1].set(xlabel=LABELS[axis] + (" (better to the right)" if axis == "loss" else ""))
+    panels[1].set(xlabel=AXES[axis] + (" (better to the right)" if axis == "loss" else ""))
+    panels[1].xaxis.set_major_locator(MaxNLocator(4))
+    if axis in ("tokens", "flops"):
+        panels[1].xaxis.set_major_formatter(lambda value, _: short(value) if value > 0 else "0")
     if axis == "loss":
         panels[1].invert_xaxis()
-    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
-    return _plot(figure, f"score-against-{axis}", f"Score against {LABELS[axis].split(',')[0]}", rows)
+    legend(figure, names)
+    note = "A dot is a checkpoint, dashed lines are dense models, dotted ones guessing."
+    if len(seeds) > 1:
+        note += f" Lines are means of {len(seeds)} seeds, faint ones each of them."
+    return finish(figure, f"score-against-{axis}", "curves", f"Score against {AXES[axis].split(',')[0]}", note, rows)
 
 
 def curves(report: Mapping[str, Any]) -> Plot:
     """Training loss, and validation loss as dots, by step."""
-    figure, axes = plt.subplots(figsize=_SIZE)
+    models = report["models"]
+    names = [model["name"] for model in models]
+    figure, axes = plt.subplots(figsize=(WIDTH, 2.6 + _legend_height(names)))
     rows = [["model", "seed", "split", "step", "loss"]]
-    for model, colour in zip(report["models"], _cycle(len(report["models"])), strict=True):
+    for model, look in zip(models, _looks(models), strict=True):
         for number, curve in enumerate(model["curves"]):
             label = model["name"] if number == 0 else None
-            axes.plot(*_columns(curve["train"]), color=colour, linewidth=1, alpha=0.6, label=label)
-            axes.plot(*_columns(curve["validation"]), "o", color=colour, markersize=4)
+            line = {"color": look["color"], "linestyle": look["linestyle"]}
+            axes.plot(*_columns(curve["train"]), **line, linewidth=1, alpha=0.7, label=label)
+            axes.plot(*_columns(curve["validation"]), look["marker"], color=look["color"], markersize=4)
             rows += [
                 [model["name"], curve["seed"], split, *pair]
                 for split in ("train", "validation")
                 for pair in curve[split]
             ]
-    axes.set(xlabel="optimizer step", ylabel="loss, nats a token\n(dots: validation)")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:.2g}")
-    axes.yaxis.set_minor_formatter("{x:.2g}")
-    axes.tick_params(axis="y", which="minor", labelsize=8)
-    axes.legend(frameon=False, fontsize=9)
-    return _plot(figure, "loss", "Loss", rows)
+    axes.set(xlabel="optimizer step", ylabel="loss, nats a token", yscale="log")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:.3g}")
+    legend(figure, names)
+    note = "Lines are the training loss, dots the validation loss; dashed lines are dense models."
+    return finish(figure, "loss", "training", "Loss", note, rows)
 
 
 def expert_load(model: Mapping[str, Any]) -> Plot:
     """Load of each expert by layer, on the validation text."""
     load = model["expert_load"]
-    figure = _heat_map(_relative(load), [str(i) for i in range(len(load))], "MoE layer", "expert")
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.26 * len(load) + 1.5))
+    _heat_map(figure, [axes], [_relative(load)], [str(i) for i in range(len(load))])
+    axes.set(ylabel="MoE layer")
     rows: list[list[Any]] = [["layer", "expert", "share"]]
     rows += [[i, j, share] for i, layer in enumerate(load) for j, share in enumerate(layer)]
-    return _plot(figure, f"expert-load-{model['name']}", f"Expert load of {model['name']}, validation text", rows)
+    note = f"On the validation text, over {len(load[0])} experts; 1 is an equal share."
+    return finish(figure, f"expert-load-{model['name']}", "experts", f"Expert load of {model['name']}", note, rows)
 
 
 def task_load(model: Mapping[str, Any]) -> Plot:
-    """Load of each expert by task; the layers stand side by side."""
+    """Load of each expert by task; a panel for each layer, of many for four of them."""
     load = model["task_load"]
-    wide = [[value for layer in _relative(layers) for value in layer] for layers in load.values()]
-    layers, experts = np.shape(next(iter(load.values())))
-    figure = _heat_map(wide, list(load), "", f"{layers} MoE layers of {experts} experts, side by side")
-    for layer in range(1, layers):
-        figure.axes[0].axvline(layer * experts - 0.5, color="white", linewidth=1.5)
+    layers = len(next(iter(load.values())))
+    shown = sorted({round(i) for i in np.linspace(0, layers - 1, min(layers, _LAYERS_SHOWN))})
+    height = (0.26 * len(load) + 0.3) * len(shown) + 1.2
+    figure, panels = plt.subplots(len(shown), 1, figsize=(WIDTH, height), sharex=True, squeeze=False)
+    tables = [[_relative(of_task)[layer] for of_task in load.values()] for layer in shown]
+    _heat_map(figure, list(panels[:, 0]), tables, list(load))
+    for layer, axes in zip(shown, panels[:, 0], strict=True):
+        axes.set_title(f"MoE layer {layer}", fontsize=STYLE["font.size"], loc="left")
     rows: list[list[Any]] = [["task", "layer", "expert", "share"]]
     rows += [[t, i, j, share] for t, of in load.items() for i, layer in enumerate(of) for j, share in enumerate(layer)]
-    return _plot(figure, f"task-load-{model['name']}", f"Which experts of {model['name']} fire for which task", rows)
+    which = "" if len(shown) == layers else f" {len(shown)} of {layers} MoE layers; the CSV has all."
+    note = f"On the first items of each task; 1 is an equal share.{which}"
+    title = f"Which experts of {model['name']} fire for which task"
+    return finish(figure, f"task-load-{model['name']}", "experts", title, note, rows)
 
 
 def _relative(load: Sequence[Sequence[float]]) -> list[list[float]]:
@@ -198,47 +201,51 @@ def _relative(load: Sequence[Sequence[float]]) -> list[list[float]]:
     return [[share * len(layer) for share in layer] for layer in load]
 
 
-def _heat_map(values: list[list[float]], names: Sequence[str], ylabel: str, xlabel: str) -> Figure:
-    figure, axes = plt.subplots(figsize=(_SIZE[0], max(2.0, 0.4 * len(values) + 1.2)))
-    highest = max(2.0, *map(max, values))
-    image = axes.imshow(values, cmap="viridis", vmin=0, vmax=highest, aspect="auto")
-    columns = len(values[0])
-    if columns <= 16:
-        for row, line in enumerate(values):
-            for column, value in enumerate(line):
-                colour = "black" if value > 0.65 * highest else "white"
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
-        axes.set_xticks(range(columns))
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.set_yticks(range(len(values)), names)
-    figure.colorbar(image, label="load ÷ mean load")
-    return figure
-
-
-def _bars(
-    axes: Axes, estimates: Sequence[Mapping[str, float]], heights: Sequence[float], marker: str = "o", **more: Any
+def _heat_map(
+    figure: Figure, panels: Sequence[Axes], tables: Sequence[list[list[float]]], names: Sequence[str]
 ) -> None:
-    """Estimates in % with their intervals as horizontal bars."""
-    values = [100 * e["value"] for e in estimates]
-    left = [max(0.0, v - 100 * e["low"]) for v, e in zip(values, estimates, strict=True)]
-    right = [max(0.0, 100 * e["high"] - v) for v, e in zip(values, estimates, strict=True)]
-    axes.errorbar(values, heights, xerr=[left, right], fmt=marker, markersize=4, capsize=2, **more)
+    """One table [rows][experts] a panel, all in the same colours, with the numbers where there is room for them."""
+    highest = max(2.0, *(value for table in tables for row in table for value in row))
+    for axes, table in zip(panels, tables, strict=True):
+        image = axes.imshow(table, cmap="viridis", vmin=0, vmax=highest, aspect="auto")
+        axes.set_yticks(range(len(names)), names)
+        colours: Any = image.to_rgba(np.array(table))
+        for row, column in np.ndindex(*np.shape(table)) if len(table[0]) <= 8 and len(panels) == 1 else ():
+            text = f"{table[row][column]:.1f}"
+            axes.text(column, row, text, ha="center", va="center", color=readable_on(colours[row, column]))
+    panels[-1].set(xlabel="expert")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    figure.colorbar(image, ax=list(panels), label="load ÷ mean load", location="bottom", aspect=30)
+
+
+def _rows(labels: Sequence[str], extra: float) -> tuple[Figure, Axes, list[float]]:
+    """A figure with a row for each label, as high as its lines, and where the rows are."""
+    lines = [label.count("\n") + 1.6 for label in labels]
+    heights = [sum(lines[:i]) + lines[i] / 2 for i in range(len(lines))]
+    figure, axes = plt.subplots(figsize=(WIDTH, _LINE * sum(lines) + extra))
+    axes.set_yticks(heights, labels)
+    axes.set_ylim(sum(lines), 0)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.grid(axis="x", color=FAINT, alpha=0.25, linewidth=0.8)
+    axes.set_axisbelow(True)
+    return figure, axes, heights
+
+
+def _bar(axes: Axes, estimate: Mapping[str, float], height: float, **look: Any) -> None:
+    """An estimate in % with its interval as a horizontal bar."""
+    value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
+    bounds = [[max(0.0, value - low)], [max(0.0, high - value)]]
+    axes.errorbar([value], [height], xerr=bounds, linestyle="none", markersize=5, capsize=3, **look)
+
+
+def _looks(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return looks([model["sparse"] for model in models])
+
+
+def _legend_height(names: Sequence[str]) -> float:
+    return _LINE * len(names) * (0.55 if max(map(len, names)) <= 16 else 1.1)
 
 
 def _columns(pairs: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
     return [x for x, _ in pairs], [y for _, y in pairs]
-
-
-def _cycle(number: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(number)]
-
-
-def _plot(figure: Figure, name: str, title: str, rows: list[list[Any]]) -> Plot:
-    """Draw and close ``figure``; ``name`` keeps the ids of several SVGs in one page apart."""
-    svg, png = io.StringIO(), io.BytesIO()
-    figure.savefig(svg, format="svg", metadata={"Date": None})
-    figure.savefig(png, format="png", dpi=150)
-    plt.close(figure)
-    text = svg.getvalue()
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text[text.index("<svg") :])
-    return Plot(name, title, text, png.getvalue(), rows)

@@ -55,6 +55,10 @@ def summarise(study: Study, runs: Sequence[Run], out: Path, command: str) -> dic
     if study.data.generated is not None:
         guesses |= generators.guess_rates(study.data.generated, out / "generated")
     skills = {skill: list(getattr(study.tasks, skill)) for skill in SKILLS}
+    final = {name: {task: y[..., -1] for task, y in found.scores.items()} for name, found in points.items()}
+    by_task = {name: task_scores(scores, guesses) for name, scores in final.items()}
+    left_out = not_ranked(by_task)
+    ranked = {skill: [task for task in tasks if task not in left_out] or tasks for skill, tasks in skills.items()}
     report: dict[str, Any] = {
         "study": study.name,
         "command": command,
@@ -65,18 +69,15 @@ def summarise(study: Study, runs: Sequence[Run], out: Path, command: str) -> dic
         "seeds": list(study.seeds),
         "tokens": study.training.tokens,
         "tasks": skills,
+        "not_ranked": left_out,
         "models": [
-            _model(study, model, [run for run in runs if run.model.name == model.name], measured)
-            | {
-                "scores": model_scores(
-                    {task: y[..., -1] for task, y in points[model.name].scores.items()}, skills, guesses
-                )
-            }
+            _model(study, model, [run for run in runs if run.model.name == model.name], measured, ranked)
+            | {"scores": skill_scores(final[model.name], ranked, guesses) | by_task[model.name]}
             for model in models
         ],
     }
     by_name = {model["name"]: model for model in report["models"]}
-    report["comparisons"] = [_comparison(pair, by_name, points, skills) for pair in pairs(study, models)]
+    report["comparisons"] = [_comparison(pair, by_name, points, ranked) for pair in pairs(study, models)]
     return report | {"headline": sentences(report)}
 
 
@@ -103,28 +104,48 @@ def _points(study: Study, runs: Sequence[Run], models: Sequence[Model], measured
     return result
 
 
-def model_scores(
-    scores: Mapping[str, Array], skills: Mapping[str, Sequence[str]], guesses: Mapping[str, float]
-) -> dict[str, dict[str, Any]]:
-    """Scores of one model by skill and task, with intervals and tests against guessing.
+def task_scores(scores: Mapping[str, Array], guesses: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    """Scores of one model by task, with intervals and tests against guessing, which Holm corrects for their number.
 
     Args:
         scores: [S, N] by task.
         guesses: what guessing reaches, by task.
     """
-    boots = {skill: (tasks, seed) for seed, (skill, tasks) in enumerate(skills.items())}
-    groups = {**boots, **{task: ([task], 0) for task in scores}}
-    result = {}
-    for name, (tasks, seed) in groups.items():
-        tables = [scores[task] for task in tasks]
-        estimate = bootstrap([table[..., None] for table in tables], seed=seed).score(0)
-        result[name] = {**asdict(estimate), **_against_guessing(tables, [guesses[task] for task in tasks])}
-    tested = {task: result[task]["p_value"] for task in scores if result[task]["p_value"] is not None}
-    adjusted = holm(tested)
-    for task in scores:
-        result[task]["p_holm"] = adjusted.get(task)
-        result[task]["at_chance"] = None if task not in adjusted else adjusted[task] > SIGNIFICANCE
+    result = {task: _score([table], [guesses[task]]) for task, table in scores.items()}
+    adjusted = holm({task: score["p_value"] for task, score in result.items() if score["p_value"] is not None})
+    for task, score in result.items():
+        score["p_holm"] = adjusted.get(task)
+        score["at_chance"] = None if task not in adjusted else adjusted[task] > SIGNIFICANCE
     return result
+
+
+def skill_scores(
+    scores: Mapping[str, Array], skills: Mapping[str, Sequence[str]], guesses: Mapping[str, float]
+) -> dict[str, dict[str, Any]]:
+    """The same of the means over the tasks of each skill.
+
+    Args:
+        skills: names of the tasks, by skill.
+    """
+    return {
+        skill: _score([scores[task] for task in tasks], [guesses[task] for task in tasks], seed)
+        for seed, (skill, tasks) in enumerate(skills.items())
+    }
+
+
+def not_ranked(by_task: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """Tasks on which no model is above chance: they would only add noise to the mean of a skill, and are left out.
+
+    Args:
+        by_task: ``task_scores`` by model.
+    """
+    models = list(by_task.values())
+    return [task for task in models[0] if all(scores[task]["at_chance"] for scores in models)]
+
+
+def _score(tables: Sequence[Array], rates: Sequence[float], seed: int = 0) -> dict[str, Any]:
+    estimate = bootstrap([table[..., None] for table in tables], seed=seed).score(0)
+    return {**asdict(estimate), **_against_guessing(tables, rates)}
 
 
 def _against_guessing(tables: Sequence[Array], rates: Sequence[float]) -> dict[str, Any]:
@@ -138,7 +159,9 @@ def _against_guessing(tables: Sequence[Array], rates: Sequence[float]) -> dict[s
     return {"items": sum(items), "guess": chance, "p_value": p_value}
 
 
-def _model(study: Study, model: Model, runs: Sequence[Run], measured: Measured) -> dict[str, Any]:
+def _model(
+    study: Study, model: Model, runs: Sequence[Run], measured: Measured, skills: Mapping[str, list[str]]
+) -> dict[str, Any]:
     """Sizes, costs and curves of one model; losses and loads are means over its seeds."""
     parameters = count_parameters(model.spec.model)
     flops = training_flops(model.spec.model, study.training.sequence_length)
@@ -173,7 +196,7 @@ def _model(study: Study, model: Model, runs: Sequence[Run], measured: Measured) 
                 "flops": step * study.training.tokens // study.training.steps * flops,
                 "seconds": run.seconds(step),
                 "loss": measured[model.name, run.seed, step]["validation_loss"],
-                "scores": _means(study, measured[model.name, run.seed, step]["scores"]),
+                "scores": _means(measured[model.name, run.seed, step]["scores"], skills),
             }
             for run in runs
             for step in study.training.evaluated_steps
@@ -181,10 +204,10 @@ def _model(study: Study, model: Model, runs: Sequence[Run], measured: Measured) 
     }
 
 
-def _means(study: Study, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+def _means(scores: Mapping[str, Mapping[str, float]], skills: Mapping[str, list[str]]) -> dict[str, float]:
     """Of one checkpoint, by skill and task."""
     tasks = {task: float(np.mean(list(items.values()))) for task, items in scores.items()}
-    return {skill: float(np.mean([tasks[task] for task in getattr(study.tasks, skill)])) for skill in SKILLS} | tasks
+    return {skill: float(np.mean([tasks[task] for task in members])) for skill, members in skills.items()} | tasks
 
 
 def _comparison(

@@ -1,0 +1,139 @@
+"""What the figures of a report have in common: size, colours that follow the page's, and their three forms."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import count
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+WIDTH = 4.0
+"""Inches of every figure, 384 pixels of a page: so wide is a telephone, where text must not shrink. A page with more
+room shows several side by side."""
+
+FONT_SIZE = 10
+
+INK, FAINT = "#1b1f24", "#767676"
+"""Colours of text and axes, and of what stands back."""
+
+COLOURS = ("#0072b2", "#d55e00", "#00805d", "#b3478d", "#8f6a00", "#5f4bb6")
+"""After Okabe and Ito's palette, which colour-blind readers can tell apart, darker where white needs it."""
+
+_DARK = {
+    INK: "#e8eaed",
+    FAINT: "#9aa0a6",
+    **dict(zip(COLOURS, ("#4db2ec", "#ff8a3d", "#35c79b", "#ee8fca", "#d9ad3c", "#a99bf5"), strict=True)),
+}
+
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+"""One more than colours, so that the two together tell 42 models apart."""
+
+STYLE: Any = {
+    "font.size": FONT_SIZE,
+    "axes.labelsize": FONT_SIZE,
+    "xtick.labelsize": FONT_SIZE,
+    "ytick.labelsize": FONT_SIZE,
+    "legend.fontsize": FONT_SIZE,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    "figure.constrained_layout.use": True,
+    "svg.fonttype": "none",  # text stays text: it can be read out, selected and coloured
+    "svg.hashsalt": "zoo",  # ids that do not change from run to run
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure in its three forms."""
+
+    name: str
+    """Of its files, without suffix."""
+    section: str
+    """Of the report that it belongs to."""
+    title: str
+    note: str
+    """What is drawn, in a sentence; with the title it is what a screen reader says."""
+    svg: str
+    png: bytes
+    rows: list[list[Any]]
+    """The plotted numbers, under a row of headings."""
+
+    def csv(self) -> str:
+        """``rows`` as text."""
+        buffer = io.StringIO()
+        csv.writer(buffer, lineterminator="\n").writerows(self.rows)
+        return buffer.getvalue()
+
+
+def finish(figure: Figure, name: str, section: str, title: str, note: str, rows: list[list[Any]]) -> Plot:
+    """Draw and close ``figure``."""
+    name = re.sub(r"[^\w.-]", "-", name)  # of files, and of ids that others of the SVG refer to
+    svg, png = io.StringIO(), io.BytesIO()
+    figure.savefig(svg, format="svg", metadata={"Date": None}, transparent=True)
+    figure.savefig(png, format="png", dpi=200)
+    plt.close(figure)
+    return Plot(name, section, title, note, _for_page(svg.getvalue(), name, f"{title}. {note}"), png.getvalue(), rows)
+
+
+def _for_page(svg: str, name: str, label: str) -> str:
+    """Ids that several figures of one page do not share, colours as variables of the page, and a text to read out."""
+    svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    return re.sub("|".join(_DARK), lambda found: f"var({_variable(found[0])})", svg)
+
+
+def palette(dark: bool) -> str:
+    """The colours as CSS variables."""
+    return " ".join(f"{_variable(light)}: {darker if dark else light};" for light, darker in _DARK.items())
+
+
+def _variable(colour: str) -> str:
+    return f"--c{colour[1:]}"
+
+
+def looks(sparse: Sequence[bool]) -> list[dict[str, Any]]:
+    """Colour, marker and line of each model: solid lines for sparse models, dashed ones for dense models."""
+    return [
+        {
+            "color": COLOURS[number % len(COLOURS)],
+            "marker": _MARKERS[number % len(_MARKERS)],
+            "linestyle": "-" if is_sparse else "--",
+        }
+        for number, is_sparse in zip(count(), sparse, strict=False)
+    ]
+
+
+def wrapped(name: str, width: int = 18) -> str:
+    """A name in lines of about ``width`` letters, broken after hyphens, underscores and spaces."""
+    lines = [""]
+    for part in re.findall(r"[^-_ ]*[-_ ]?", name):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.strip() for line in lines)
+
+
+def legend(figure: Figure, names: Sequence[str]) -> None:
+    """A legend above the axes, in two columns where the names leave room for that."""
+    columns = 2 if max(map(len, names)) <= 16 else 1
+    figure.legend(loc="outside upper left", ncols=columns)
+
+
+def readable_on(colour: Sequence[float]) -> str:
+    """Black or white, whichever stands out more from ``colour`` (RGB from 0 to 1): by WCAG always 4.5 : 1 or more."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#000000" if luminance > 0.179 else "#ffffff"
