@@ -10,7 +10,9 @@ Conventions
     ``active_without_embedding`` leaves the input table out (a token reads one row of it), as DeepSeek-V2's do.
     *FLOPs* are those of matrix products, a multiply-add being two: twice the weights that a token is multiplied with
     (the output head included, tied or not; the embedding look-up not), plus attention scores and values over the
-    positions that a causal query really sees, averaged over a sequence. Training is three times the forward pass (the
+    positions that a causal query really sees, averaged over a sequence. In a Mamba layer the recurrence h = a·h + b,
+    its read-out c·h and the convolution take the place of scores and values: a multiply-add for each number of state,
+    another to read it, and one for each token of the convolution. Training is three times the forward pass (the
     backward pass multiplies by weights and by activations, arXiv 2001.08361 section 2.1); recomputation is not counted.
 
 Shapes: D model, H heads, S sequence, V vocabulary, E experts, K top-k.
@@ -18,10 +20,10 @@ Shapes: D model, H heads, S sequence, V vocabulary, E experts, K top-k.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from zoo.config import AttentionConfig, MLAConfig, ModelConfig, MoEConfig
+from zoo.config import AttentionConfig, MambaConfig, MLAConfig, ModelConfig, MoEConfig
 
 TRAINING_OVER_FORWARD = 3
 FP32_BYTES, BF16_BYTES = 4, 2
@@ -34,7 +36,7 @@ class LayerParameters:
     norms: int
     """The norms before and after mixer and FFN."""
     mixer: int
-    """Attention or MLA with the norms and biases inside it."""
+    """Attention, MLA or Mamba with the norms and biases inside it."""
     dense_ffn: int = 0
     router: int = 0
     routed_experts: int = 0
@@ -104,11 +106,21 @@ def cache_elements_per_token(config: ModelConfig) -> int:
     """Elements that a KV cache holds per token, over all layers.
 
     For MLA the latent and the one rotary key (arXiv 2405.04434, table 1); otherwise keys and values of every KV head.
+    Mamba layers hold none (``state_elements``).
     """
+    layers = config.num_layers - _num_mamba_layers(config)
     if config.mla:
-        return (config.mla.kv_lora_rank + config.mla.qk_rope_head_dim) * config.num_layers
+        return (config.mla.kv_lora_rank + config.mla.qk_rope_head_dim) * layers
     attention = _attention(config)
-    return 2 * attention.num_kv_heads * attention.head_dim * config.num_layers
+    return 2 * attention.num_kv_heads * attention.head_dim * layers
+
+
+def state_elements(config: ModelConfig) -> int:
+    """Elements that Mamba layers hold per sequence, however long: the state and the convolution's last inputs."""
+    if config.mamba is None:
+        return 0
+    channels = config.mamba.expand * config.hidden_size
+    return channels * (config.mamba.state_size + config.mamba.conv_width - 1) * _num_mamba_layers(config)
 
 
 def forward_flops(config: ModelConfig, sequence_length: int) -> float:
@@ -129,8 +141,12 @@ def forward_flops(config: ModelConfig, sequence_length: int) -> float:
 def attention_flops(config: ModelConfig, sequence_length: int) -> float:
     """Forward FLOPs per token and layer of scores (q·k) and of the weighted sum of values, keys and values expanded.
 
-    The mean over layers, where some have a sliding window.
+    The mean over layers, where some have a sliding window, or Mamba and its recurrence in place of attention.
     """
+    if config.mamba:
+        share = _num_mamba_layers(config) / config.num_layers
+        plain = attention_flops(replace(config, mamba=None), sequence_length)
+        return share * _recurrence_flops(config.hidden_size, config.mamba) + (1 - share) * plain
     visible = _mean_visible(sequence_length, None)
     if config.mla:
         heads = config.mla.num_heads
@@ -141,6 +157,10 @@ def attention_flops(config: ModelConfig, sequence_length: int) -> float:
         layers = [_visible_in_layer(attention, layer, sequence_length) for layer in range(config.num_layers)]
         visible = sum(layers) / len(layers)
     return 2.0 * heads * sizes * visible
+
+
+def _recurrence_flops(hidden_size: int, m: MambaConfig) -> float:
+    return 2.0 * m.expand * hidden_size * (2 * m.state_size + m.conv_width)
 
 
 def _visible_in_layer(attention: AttentionConfig, layer: int, sequence_length: int) -> float:
@@ -177,13 +197,14 @@ def summary(config: ModelConfig, sequence_length: int) -> dict[str, Any]:
             "training": training_flops(config, sequence_length),
         },
         "cache_bytes_per_token": {"fp32": cache * FP32_BYTES, "bf16": cache * BF16_BYTES},
+        "state_elements": state_elements(config),
         "weight_bytes": {"fp32": weight_bytes(config, FP32_BYTES), "bf16": weight_bytes(config, BF16_BYTES)},
     }
 
 
 def _layer(config: ModelConfig, layer: int) -> LayerParameters:
     width = config.hidden_size
-    mixer = _mla_parameters(width, config.mla) if config.mla else _attention_parameters(width, _attention(config))
+    mixer = _mixer_parameters(config, layer)
     if not config.is_moe_layer(layer):
         return LayerParameters(norms=_norms(config), mixer=mixer, dense_ffn=_swiglu(width, config.intermediate_size))
     moe = _moe(config)
@@ -197,6 +218,14 @@ def _layer(config: ModelConfig, layer: int) -> LayerParameters:
         active_experts=moe.top_k * expert,
         shared_experts=moe.num_shared_experts * matrices + (width if moe.shared_expert_gate else 0),
     )
+
+
+def _mixer_parameters(config: ModelConfig, layer: int) -> int:
+    if config.mamba and config.is_mamba_layer(layer):
+        return _mamba_parameters(config.hidden_size, config.mamba)
+    if config.mla:
+        return _mla_parameters(config.hidden_size, config.mla)
+    return _attention_parameters(config.hidden_size, _attention(config))
 
 
 def _swiglu(hidden_size: int, width: int) -> int:
@@ -234,6 +263,17 @@ def _mla_vectors(m: MLAConfig) -> int:
     return m.kv_lora_rank + (m.q_lora_rank or 0)
 
 
+def _mamba_parameters(hidden_size: int, m: MambaConfig) -> int:
+    channels = m.expand * hidden_size
+    projections = 3 * hidden_size + (m.dt_rank + 2 * m.state_size) + m.dt_rank
+    return channels * projections + _mamba_vectors(hidden_size, m)
+
+
+def _mamba_vectors(hidden_size: int, m: MambaConfig) -> int:
+    """A, D, the bias of dt, the convolution with its bias, and the norms of dt, B and C."""
+    return m.expand * hidden_size * (m.state_size + m.conv_width + 3) + m.dt_rank + 2 * m.state_size
+
+
 def _expert_biases(hidden_size: int, moe: MoEConfig) -> int:
     """Of one expert: those of gate, up and down."""
     return 0 if moe.swiglu_limit is None else 2 * moe.moe_intermediate_size + hidden_size
@@ -245,7 +285,12 @@ def _router_biases(moe: MoEConfig) -> int:
 
 def _non_matmul(config: ModelConfig, layer: int) -> int:
     """Parameters of one layer that are added or multiplied element by element: norms and biases."""
-    inside = _mla_vectors(config.mla) if config.mla else _attention_vectors(config.hidden_size, _attention(config))
+    if config.mamba and config.is_mamba_layer(layer):
+        inside = _mamba_vectors(config.hidden_size, config.mamba)
+    elif config.mla:
+        inside = _mla_vectors(config.mla)
+    else:
+        inside = _attention_vectors(config.hidden_size, _attention(config))
     if config.is_moe_layer(layer):
         moe = _moe(config)
         inside += _router_biases(moe) + moe.top_k * _expert_biases(config.hidden_size, moe)
@@ -261,6 +306,10 @@ def _mean_visible(sequence_length: int, window: int | None) -> float:
     """Mean over positions i = 0 … S - 1 of min(i + 1, window): how many positions a causal query sees."""
     ramp = min(window or sequence_length, sequence_length)
     return (ramp * (ramp + 1) / 2 + (sequence_length - ramp) * ramp) / sequence_length
+
+
+def _num_mamba_layers(config: ModelConfig) -> int:
+    return sum(config.is_mamba_layer(layer) for layer in range(config.num_layers))
 
 
 def _num_moe_layers(config: ModelConfig) -> int:

@@ -39,6 +39,14 @@ class LayerCache:
         self.buffers = tuple(buffer[rows] for buffer in self.buffers)
 
 
+class StateCache(LayerCache):
+    """Buffers [B, …] of a recurrent layer, which hold what is left of all tokens so far and cannot forget the last."""
+
+    def branch(self, rows: Tensor, length: int, max_length: int) -> LayerCache:
+        """See ``LayerCache``; ``length`` must be all tokens so far."""
+        return StateCache([buffer[rows] for buffer in self.buffers])
+
+
 class Cache:
     """The caches of all layers, which slots are filled, and which of those are padding."""
 
@@ -83,15 +91,10 @@ class Cache:
         """Forget every slot from ``length`` on."""
         if not 0 <= length <= self.length:
             raise ValueError(f"length = {length}: give a number between 0 and the {self.length} filled slots")
+        if length < self.length and any(isinstance(layer, StateCache) for layer in self.layers):
+            raise ValueError(f"length = {length}: a recurrent layer cannot forget tokens; make a new cache")
         self.length = length
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """Keep the batch rows numbered in ``rows`` [rows kept] int64, in that order: the others are finished."""
-        for layer in self.layers:
-            layer.keep_rows(rows)
-        if self._valid is not None:
-            self._valid = self._valid[rows]
-        self.batch_size = len(rows)
     def branch(self, rows: Tensor, max_length: int) -> Cache:
         """A cache that continues the batch rows numbered in ``rows`` [B of the new one] int64, any of them repeatedly.
 
@@ -110,3 +113,10 @@ class Cache:
             copy._valid[:, : self.length] = self._valid[rows, : self.length]
         return copy
 
+    def keep_rows(self, rows: Tensor) -> None:
+        """Keep the batch rows numbered in ``rows`` [rows kept] int64, in that order: the others are finished."""
+        for layer in self.layers:
+            layer.keep_rows(rows)
+        if self._valid is not None:
+            self._valid = self._valid[rows]
+        self.batch_size = len(rows)

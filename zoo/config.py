@@ -141,6 +141,23 @@ class MLAConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MambaConfig:
+    """Mamba in most layers (arXiv 2312.00752), attention in the others (arXiv 2403.19887)."""
+
+    attention_interval: int
+    attention_offset: int
+    """Layer number i (from 0) has attention where i mod ``attention_interval`` = ``attention_offset``."""
+    state_size: int
+    """Numbers that each channel carries from token to token."""
+    expand: int
+    """Channels over the model's width."""
+    conv_width: int
+    """Tokens that the convolution before the recurrence sees."""
+    dt_rank: int
+    """Rank of the projection of the time steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MoEConfig:
     """Routed experts, their router and the shared experts. See ``zoo/moe/router.py`` for the equations."""
 
@@ -173,7 +190,10 @@ class MoEConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder. Exactly one of ``attention`` and ``mla`` is given; ``moe=None`` is a dense model."""
+    """A decoder. Exactly one of ``attention`` and ``mla`` is given; ``moe=None`` is a dense model.
+
+    ``rope=None`` is attention that knows no positions but the order that a causal mask gives.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -182,9 +202,10 @@ class ModelConfig:
     """Width of the dense FFN; unused (but kept for export) where every layer is MoE."""
     max_position_embeddings: int
     norm_eps: float
-    rope: RopeConfig
+    rope: RopeConfig | None
     attention: AttentionConfig | None = None
     mla: MLAConfig | None = None
+    mamba: MambaConfig | None = None
     moe: MoEConfig | None = None
     norm: Literal["rms", "unit_offset_rms", "layer"] = "rms"
     """RMSNorm, RMSNorm whose parameter is what the factor differs from 1 by, or LayerNorm without bias."""
@@ -205,6 +226,11 @@ class ModelConfig:
         """Whether layer number ``layer`` (from 0) has routed experts."""
         moe = self.moe
         return moe is not None and layer >= moe.first_k_dense and (layer + 1) % moe.layer_interval == 0
+
+    def is_mamba_layer(self, layer: int) -> bool:
+        """Whether layer number ``layer`` (from 0) has Mamba in place of attention."""
+        mamba = self.mamba
+        return mamba is not None and layer % mamba.attention_interval != mamba.attention_offset
 
     def __post_init__(self) -> None:
         validate(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zoo.config import AttentionConfig, InterleavedRopeConfig, ModelConfig, MoEConfig, RopeConfig
+    from zoo.config import AttentionConfig, InterleavedRopeConfig, MambaConfig, ModelConfig, MoEConfig, RopeConfig
 
 
 def validate(c: ModelConfig) -> None:
@@ -49,9 +49,28 @@ def validate(c: ModelConfig) -> None:
         _require(
             c.mla.qk_rope_head_dim % 2 == 0, "mla.qk_rope_head_dim", c.mla.qk_rope_head_dim, "rotary needs an even size"
         )
-    _validate_rope(c.rope)
+    if c.mamba:
+        _validate_mamba(c.mamba)
+    if c.rope:
+        _validate_rope(c.rope)
+    else:
+        plain = c.attention is not None and not _kinds(c.attention)
+        _require(plain, "rope", None, "only plain attention goes without; give its theta")
     if c.moe:
         _validate_moe(c.moe, c.num_layers)
+
+
+def _validate_mamba(m: MambaConfig) -> None:
+    least = {"attention_interval": 2, "state_size": 1, "expand": 1, "conv_width": 1, "dt_rank": 1}
+    for field, smallest in least.items():
+        value = getattr(m, field)
+        _require(value >= smallest, f"mamba.{field}", value, f"give {smallest} or more")
+    _require(
+        0 <= m.attention_offset < m.attention_interval,
+        "mamba.attention_offset",
+        m.attention_offset,
+        f"it must lie between 0 and attention_interval - 1 = {m.attention_interval - 1}",
+    )
 
 
 def _validate_rope(r: RopeConfig) -> None:
@@ -74,7 +93,7 @@ def _validate_rope(r: RopeConfig) -> None:
 
 
 def _validate_attention(a: AttentionConfig) -> None:
-    kinds = [n for n in ("logit_softcap", "sinks", "clip_qkv", "interleaved_rope") if getattr(a, n)]
+    kinds = _kinds(a)
     _require(len(kinds) <= 1, "attention", " + ".join(kinds), "give at most one of these")
     _require(
         a.clip_qkv is None or a.clip_qkv > 0,
@@ -118,6 +137,11 @@ def _validate_attention(a: AttentionConfig) -> None:
         a.logit_softcap,
         "give a positive cap, or null for none",
     )
+
+
+def _kinds(a: AttentionConfig) -> list[str]:
+    """The fields that make another attention than the plain one."""
+    return [n for n in ("logit_softcap", "sinks", "clip_qkv", "interleaved_rope") if getattr(a, n)]
 
 
 def _validate_interleaved_rope(r: InterleavedRopeConfig) -> None:

@@ -17,12 +17,19 @@ from torch import Tensor, nn
 
 from zoo.cache import Cache, LayerCache
 from zoo.config import ModelConfig
-from zoo.layers.attention import Attention, ClampedAttention, SinkAttention, SoftcappedAttention
+from zoo.layers.attention import (
+    Attention,
+    ClampedAttention,
+    PositionlessAttention,
+    SinkAttention,
+    SoftcappedAttention,
+)
 from zoo.layers.ffn import GATED
 from zoo.layers.interleaved_rope import ChunkedAttention, UnplacedAttention
+from zoo.layers.mamba import Mamba, initial_parameter
 from zoo.layers.mla import MLA
 from zoo.layers.norm import LayerNorm, RMSNorm, UnitOffsetRMSNorm
-from zoo.layers.rope import Rotary
+from zoo.layers.rope import NoRotary, Rotary
 from zoo.layers.scaling import Scale, ScaledEmbedding, SoftCap
 from zoo.layers.sequence import SequenceLayout, sequence_layout
 from zoo.moe.layer import moe_layer
@@ -77,7 +84,7 @@ class Decoder(nn.Module):
             None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
         self.logit_scaling = _logit_scaling(config)
-        self.rotary = Rotary(config.rope, _rotary_size(config))
+        self.rotary = NoRotary() if config.rope is None else Rotary(config.rope, _rotary_size(config))
 
     def forward(
         self,
@@ -146,9 +153,13 @@ def _logit_scaling(config: ModelConfig) -> nn.Module:
     return nn.Identity() if config.logit_multiplier is None else Scale(config.logit_multiplier)
 
 
-def _mixer(config: ModelConfig, layer: int) -> Attention | MLA:
+def _mixer(config: ModelConfig, layer: int) -> Attention | MLA | Mamba:
+    if config.is_mamba_layer(layer):
+        return Mamba(config)
     if config.attention is None:
         return MLA(config)
+    if config.rope is None:
+        return PositionlessAttention(config, layer)
     if config.attention.interleaved_rope:
         return (UnplacedAttention if config.attention.chunk(layer) is None else ChunkedAttention)(config, layer)
     special = {"sinks": SinkAttention, "logit_softcap": SoftcappedAttention, "clip_qkv": ClampedAttention}
@@ -187,6 +198,8 @@ def build(
 def initialize(model: Decoder, seed: int) -> None:
     """Fill every parameter: norms 1, biases and sinks 0, all else normal with the config's ``initializer_range``.
 
+    What a recurrence begins with is ``zoo.layers.mamba.initial_parameter``'s.
+
     Each tensor is drawn from its own generator, seeded by (seed, parameter name, expert index): what a parameter gets
     does not depend on the other parameters, on dtype, or on how the model is spread over devices. An expert is drawn
     as the matrix it is, never as a slice of a stacked fan-in.
@@ -203,7 +216,10 @@ def initial_values(
     name: str, shape: torch.Size, seed: int, std: float, experts: range
 ) -> Iterator[tuple[int | EllipsisType, Tensor]]:
     """(index, values fp32) of one parameter: the whole at once, or of a stacked one each of the given ``experts``."""
-    if name.endswith(("bias", "offset", "sinks")):
+    special = initial_parameter(name, shape, _generator(f"{seed}/{name}"))
+    if special is not None:
+        yield ..., special
+    elif name.endswith(("bias", "offset", "sinks")):
         yield ..., torch.zeros(shape)
     elif len(shape) == 1:
         yield ..., torch.ones(shape)
@@ -215,5 +231,8 @@ def initial_values(
 
 
 def _normal(key: str, shape: torch.Size, std: float) -> Tensor:
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
-    return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+    return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=_generator(key))
+
+
+def _generator(key: str) -> torch.Generator:
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))

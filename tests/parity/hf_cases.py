@@ -163,6 +163,17 @@ CASES: dict[str, dict[str, Any]] = {
         "bos_token_id": None,
         "eos_token_id": None,
     },
+    "jamba": {
+        **{k: v for k, v in _GQA.items() if k != "head_dim"},
+        "model_type": "jamba",
+        "num_hidden_layers": 4,
+        "num_experts": 6,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 6,
+        "mamba_dt_rank": 5,
+        "pad_token_id": None,
+    },
     "deepseek-v2": {
         **_V2,
         "topk_method": "group_limited_greedy",

@@ -89,6 +89,8 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     assert attention is not None
     if moe is None:
         raise ValueError("moe = None: every layer of this family has experts")
+    if config.rope is None:
+        raise ValueError("rope = None: this family has rotary positions")
     return {
         "vocab_size": config.vocab_size,
         "d_model": config.hidden_size,

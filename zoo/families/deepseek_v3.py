@@ -39,9 +39,11 @@ def _read(fields: Fields) -> ModelConfig:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
+    attention = write_mla(config)
+    assert config.rope is not None, "mla has rotary positions"
     published = {
         **write_decoder(config),
-        **write_mla(config),
+        **attention,
         **write_experts(config),
         "rope_interleave": config.rope.layout == "interleaved",
         "num_nextn_predict_layers": 0,

@@ -25,7 +25,7 @@ from zoo.families.fields import Fields
 def read_decoder(
     fields: Fields,
     *,
-    rope: RopeConfig,
+    rope: RopeConfig | None,
     attention: AttentionConfig | None = None,
     mla: MLAConfig | None = None,
     moe: MoEConfig | None = None,
@@ -38,7 +38,7 @@ def read_decoder(
 
     Args:
         fields: of the config.json.
-        rope: positions.
+        rope: positions; None for a family without rotary ones.
         attention: or ``mla``.
         mla: or ``attention``.
         moe: of the layers with experts.
@@ -67,7 +67,7 @@ def read_decoder(
 
 
 def write_decoder(config: ModelConfig) -> dict[str, Any]:
-    """Inverse of ``read_decoder``, rotary positions included."""
+    """Inverse of ``read_decoder``, rotary positions included where there are any."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -79,7 +79,7 @@ def write_decoder(config: ModelConfig) -> dict[str, Any]:
         "initializer_range": config.initializer_range,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
-        **_write_rope(config.rope),
+        **({} if config.rope is None else _write_rope(config.rope)),
     }
 
 

@@ -24,7 +24,7 @@ class Attention(nn.Module):
         attention = config.attention
         assert attention is not None
         self.window = attention.window(layer)
-        self.rope_layout = config.rope.layout
+        self.rope = config.rope
         self.head_dim = attention.head_dim
         self.num_kv_heads = attention.num_kv_heads
         self.scale = (attention.query_scale_dim or attention.head_dim) ** -0.5
@@ -56,7 +56,8 @@ class Attention(nn.Module):
         self, q: Tensor, k: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """q [B, S, H, d] and k [B, S, G, d] → the same, knowing their positions."""
-        return rotate(q, *rotary, self.rope_layout), rotate(k, *rotary, self.rope_layout)
+        assert self.rope is not None
+        return rotate(q, *rotary, self.rope.layout), rotate(k, *rotary, self.rope.layout)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
         """q [B, H, S, d], k and v [B, G, L, d] → [B, S, H, d]."""
@@ -67,6 +68,16 @@ class Attention(nn.Module):
         weight = self.k_proj.weight
         shape = (batch_size, self.num_kv_heads, max_length, self.head_dim)
         return LayerCache([torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2)])
+
+
+class PositionlessAttention(Attention):
+    """Attention that tells tokens apart by what they are and by who sees them only (arXiv 2305.19466)."""
+
+    def place(
+        self, q: Tensor, k: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Attention``: q and k as they are."""
+        return q, k
 
 
 class SoftcappedAttention(Attention):

@@ -6,22 +6,22 @@ Shapes: D model, F FFN.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 Activation = Callable[[Tensor], Tensor]
 
-gelu_tanh: Activation = partial(F.gelu, approximate="tanh")
-"""0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))) (arXiv 1606.08415, section 2)."""
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))) (arXiv 1606.08415, section 2)."""
+    return F.gelu(x, approximate="tanh")
 
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) · up(x)) (arXiv 2002.05202, equation 6)."""
 
-    activation: ClassVar[Activation] = staticmethod(F.silu)
+    activation: Activation = staticmethod(F.silu)
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()

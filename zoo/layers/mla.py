@@ -28,7 +28,7 @@ class MLA(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         mla = config.mla
-        assert mla is not None
+        assert mla is not None and config.rope is not None
         self.rope_layout = config.rope.layout
         self.num_heads = mla.num_heads
         self.kv_lora_rank = mla.kv_lora_rank

@@ -87,6 +87,15 @@ class Rotary:
         return (angles.cos() * self.scale).to(exact), (angles.sin() * self.scale).to(exact)
 
 
+class NoRotary:
+    """Takes the place of ``Rotary`` in a model without rotary positions: cos and sin of no pair."""
+
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """positions [B, S] → twice [B, S, 1, 0]."""
+        nothing = torch.empty(*positions.shape, 1, 0, dtype=dtype, device=positions.device)
+        return nothing, nothing
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Literal["split", "interleaved"]) -> Tensor:
     """Rotate each pair of x [B, S, H, d] by its angle; cos, sin [B, S, 1, d/2] (arXiv 2104.09864, equation 34).
 

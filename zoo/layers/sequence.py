@@ -13,6 +13,20 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
+class RecurrentOrder:
+    """The new tokens of each row as they follow each other, padding last."""
+
+    index: Tensor
+    """[B, S] int64, where each is in the row."""
+    inverse: Tensor
+    """[B, S] int64, where each token of the row is in this order."""
+    valid: Tensor
+    """[B, S] bool in this order, False for padding."""
+    age: Tensor
+    """[B, S] int64 in this order, tokens since the document began; S and more in the first, which may have a past."""
+
+
+@dataclass(frozen=True, eq=False)
 class SequenceLayout:
     """The layout of one batch, shared by all layers of a forward."""
 
@@ -87,6 +101,20 @@ class SequenceLayout:
         if self.segments is not None:
             visible = visible & (self.segments[:, self.past :, None] == self.segments[:, None, :])
         return visible[:, None]
+
+    @cached_property
+    def recurrent_order(self) -> RecurrentOrder | None:
+        """How a layer that carries a state from token to token goes through them; None: every row as it is."""
+        if self.segments is None:
+            return None
+        new = self.segments[:, self.past :]
+        index = (new == -1).int().argsort(dim=1, stable=True)
+        segments = new.gather(1, index)
+        valid, steps = segments != -1, torch.arange(new.shape[1], device=new.device).expand_as(index)
+        begins = torch.zeros_like(valid)
+        begins[:, 1:] = valid[:, 1:] & (segments[:, 1:] != segments[:, :-1])
+        age = steps - torch.where(begins, steps, -new.shape[1]).cummax(dim=1).values
+        return RecurrentOrder(index, index.argsort(dim=1), valid, age)
 
     @property
     def is_causal(self) -> bool:

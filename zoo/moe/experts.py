@@ -5,8 +5,6 @@ Shapes: N routed rows sorted by expert, E experts, D model, F FFN.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +15,7 @@ from zoo.layers.ffn import Activation, gelu_tanh
 class Experts(nn.Module):
     """E SwiGLU networks. Parameters: ``gate_up`` [E, 2, F, D] (gate, then up) and ``down`` [E, D, F]."""
 
-    activation: ClassVar[Activation] = staticmethod(F.silu)
+    activation: Activation = staticmethod(F.silu)
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
