@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from zoo.cli.main import main
-from zoo.harness.suites import phone_book, shortest_path
+from zoo.harness.suites import generators, phone_book, shortest_path
 from zoo.harness.suites.dataset import GeneratedData, guess_rates
-from zoo.harness.suites.generators import GENERATORS, write_shipped
+from zoo.harness.suites.generators import GENERATORS, MixtureConfig, write_mixture, write_shipped
 from zoo.harness.suites.phone_book import PhoneBookConfig
 from zoo.harness.suites.shortest_path import ShortestPathConfig, walk_probability
 from zoo.registry import evaluation_dir
@@ -159,3 +159,20 @@ def test_zoo_data_make_names_a_wrong_setting(
     assert main(["data", "make", "phone_book", "--out", str(tmp_path / "x"), "--set", setting]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_a_mixture_has_texts_of_its_own_and_one_mirror(tmp_path: Path) -> None:
+    mixture = MixtureConfig(phone_book=BOOK, shortest_path=GRAPHS)
+    assert write_mixture(mixture, tmp_path) == [tmp_path / "phone_book", tmp_path / "shortest_path"]
+    for name, config in (("phone_book", BOOK), ("shortest_path", GRAPHS)):
+        assert len((tmp_path / name / "train.jsonl").read_text().splitlines()) in (BOOK.entries * 3, GRAPHS.graphs)
+        assert (tmp_path / name / "train.jsonl").stat().st_size > 0
+        [questions] = (tmp_path / "hub" / "moe-zoo" / name / "default").glob("validation-*.parquet")
+        assert pq.read_table(questions).num_rows == config.questions
+        assert not (tmp_path / name / "hub").exists()
+    rates = generators.guess_rates(mixture, tmp_path)
+    assert rates["phone_book"] == 1e-8 and 0 < rates["shortest_path"] < 0.5
+    alone = MixtureConfig(phone_book=BOOK)
+    assert write_mixture(alone, tmp_path / "alone") == [tmp_path / "alone" / "phone_book"]
+    with pytest.raises(ValueError, match="name at least one of phone_book, shortest_path"):
+        MixtureConfig()

@@ -75,6 +75,7 @@ def write(
             raise ValueError(f"{directory} was made from {made_from}, not from {dict(config)}: give another directory")
         return
     data = make()
+    directory.mkdir(parents=True, exist_ok=True)
     write_tables((mirror or directory / MIRROR) / name, data.tables, origin)
     for file, documents in ((TRAINING_TEXT, data.training), (VALIDATION_TEXT, data.validation)):
         lines = (json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in documents)
