@@ -10,6 +10,9 @@ from typing import Any
 from zoo.config import CONFIG_FILE, ModelSpec, load_spec
 from zoo.families import family_of
 
+RELEASE_FILE = "release.json"
+"""In a checkpoint of the zoo's own: what it was made from and its scores, written by ``zoo release``."""
+
 
 def configs_dir() -> Path:
     """``configs/`` of the source checkout, or the copy that the wheel carries."""
@@ -31,12 +34,26 @@ def model_names() -> list[str]:
     return sorted(path.stem for path in (configs_dir() / "models").glob("*.yaml"))
 
 
+def checkpoints() -> dict[str, Path]:
+    """Directories of the named checkpoints, by name and sorted; those of the working directory go first."""
+    found: dict[str, Path] = {}
+    for place in checkpoint_dirs():
+        for config in place.glob(f"[!.]*/{CONFIG_FILE}"):
+            found.setdefault(config.parent.name, config.parent)
+    return dict(sorted(found.items()))
+
+
+def own_checkpoint(name: str | Path) -> Path | None:
+    """Directory of the checkpoint that alone has ``name``: weights of a model of its own, not of one of ``configs``."""
+    return None if str(name) in model_names() else checkpoints().get(str(name))
+
+
 def find_spec(name_or_path: str | Path) -> ModelSpec:
     """The model that ``name_or_path`` means.
 
     Args:
-        name_or_path: a name of ``configs/models``, a YAML file, a zoo checkpoint directory, or a directory with a
-            published ``config.json``.
+        name_or_path: a name of ``configs/models`` or of a checkpoint, a YAML file, a zoo checkpoint directory, or a
+            directory with a published ``config.json``.
 
     Raises:
         ValueError: it is none of these (naming the nearest name), or the file in it is not valid.
@@ -48,12 +65,24 @@ def find_spec(name_or_path: str | Path) -> ModelSpec:
         if path.suffix not in (".yaml", ".yml"):
             raise ValueError(f"{path}: not a model; give a YAML file, a checkpoint directory or a name of `zoo list`")
         return load_spec(path)
-    names = model_names()
-    if str(name_or_path) in names:
+    if str(name_or_path) in model_names():
         return load_spec(configs_dir() / "models" / f"{name_or_path}.yaml")
-    close = difflib.get_close_matches(str(name_or_path), names, n=1, cutoff=0.4)
+    named = own_checkpoint(name_or_path)
+    if named is None:
+        raise unknown(name_or_path)
+    return load_spec(named / CONFIG_FILE)
+
+
+def unknown(name: str | Path) -> ValueError:
+    """The error that ``name`` is nothing that has a name, with the nearest one and where else to look."""
+    close = difflib.get_close_matches(str(name), [*model_names(), *checkpoints()], n=1, cutoff=0.4)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ValueError(f"{str(name_or_path)!r}: no such model, file or directory; {hint}`zoo list` shows all names")
+    elsewhere = ""
+    if not (_package().parent / "checkpoints").is_dir():  # an installed wheel has none
+        elsewhere = (
+            "; the zoo's own checkpoints are in checkpoints/ of its source: run zoo there, or give the directory"
+        )
+    return ValueError(f"{str(name)!r}: no such model, file or directory; {hint}`zoo list` shows all names{elsewhere}")
 
 
 def published_spec(directory: Path) -> ModelSpec:

@@ -25,7 +25,7 @@ from zoo.model import Decoder, DecoderOutput, build
 from zoo.moe.router import Router, update_selection_bias
 from zoo.parallel import grads
 from zoo.parallel.strategy import MoEParallelStrategy
-from zoo.registry import find_spec
+from zoo.registry import find_spec, own_checkpoint
 from zoo.training.loss import Scope, StepSums, micro_batch_sums, next_token_nll
 from zoo.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer
 
@@ -83,8 +83,8 @@ class ZooModule(LightningModule):
         max_skipped_steps: int = 10,
     ) -> None:
         super().__init__()
-        self.checkpoint = Path(name) if Path(name).is_dir() else None
-        self.spec = _resolve(name, overrides or {})
+        self.checkpoint = Path(name) if Path(name).is_dir() else own_checkpoint(name)
+        self.spec = _resolve(name, overrides or {}, self.checkpoint)
         self.load_balance_coef = load_balance_coef
         self.balance_scope = balance_scope
         self.z_loss_coef = z_loss_coef
@@ -303,12 +303,12 @@ class ZooModule(LightningModule):
                 update_selection_bias(router.bias, counts, self.bias_update_rate)
 
 
-def _resolve(name: str, overrides: dict[str, Any]) -> ModelSpec:
-    """The spec of ``name`` with ``overrides`` merged into its model."""
+def _resolve(name: str, overrides: dict[str, Any], checkpoint: Path | None) -> ModelSpec:
+    """The spec of ``name`` with ``overrides`` merged into its model, which may have no weights in a ``checkpoint``."""
     spec = find_spec(name)
     if not overrides:
         return spec
-    if Path(name).is_dir():
+    if checkpoint is not None:
         raise ValueError(f"model.overrides = {overrides}: the weights in {name} fix the model; remove the overrides")
     merged = OmegaConf.to_container(OmegaConf.merge(to_dict(spec.model), overrides))
     model = from_dict(ModelConfig, merged, "model.overrides")

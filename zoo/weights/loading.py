@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zoo.config import CONFIG_FILE, ModelConfig, ModelSpec, load_spec, save_spec
 from zoo.model import Decoder
-from zoo.registry import checkpoint_dirs, find_spec, model_names
+from zoo.registry import checkpoints, find_spec, model_names, unknown
 from zoo.tokenizer import Tokenizer, check_vocab
 from zoo.weights.convert import open_published, open_zoo, published_directory, tracked
 from zoo.weights.hub import download, is_hub_id
@@ -27,7 +27,7 @@ def load(
     """A trained decoder, in eval mode.
 
     Args:
-        source: a zoo checkpoint directory, a directory in a published layout, a hub id, or a name of the zoo, which
+        source: a zoo checkpoint directory, a directory in a published layout, a hub id, or a name of `zoo list`, which
             means ``checkpoints/NAME`` where that exists and else the hub id of its config.
         dtype: of the parameters; buffers such as the router's selection bias stay fp32.
         device: where they go, tensor by tensor.
@@ -84,16 +84,18 @@ def checkpoint_directory(source: str | Path) -> Path:
     path = Path(source)
     if path.exists():
         return path
+    named = checkpoints().get(str(source))
+    if named is not None:
+        return named
     if str(source) in model_names():
-        for directory in checkpoint_dirs():
-            if (directory / str(source) / CONFIG_FILE).is_file():
-                return directory / str(source)
         hub_id = find_spec(source).source
         if hub_id is None:
             raise ValueError(f"{source}: this model has no published weights; train it, or give a checkpoint directory")
         return download(hub_id)
     if is_hub_id(str(source)):
         return download(str(source))
+    if path.name == str(source):
+        raise unknown(source)
     return published_directory(path)
 
 
