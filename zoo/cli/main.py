@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": ("zoo.cli.generate", "continue a prompt"),
     "eval": ("zoo.cli.eval", "score a checkpoint on lm-eval tasks"),
     "compare": ("zoo.cli.compare", "train and evaluate the models of a study, write a report"),
+    "release": ("zoo.cli.release", "make a checkpoint of the zoo from a model of a finished study"),
     "match": ("zoo.cli.match", "find the dense twin of a sparse model"),
     "list": ("zoo.cli.list_", "list the models of the zoo"),
     "plan": ("zoo.cli.plan", "how to spread a model over GPUs: memory, traffic and time of every layout"),
