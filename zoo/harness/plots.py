@@ -83,7 +83,7 @@ def score_of(report: Mapping[str, Any], name: str, section: str) -> Plot:
 
 def forest(comparison: Mapping[str, Any], tasks: Mapping[str, Sequence[str]]) -> Plot:
     """Sparse minus dense of each skill and task with its interval; grey where neither model is above chance."""
-    names = [name for skill, members in tasks.items() for name in (skill, *members)]
+    names = [name for part, members in tasks.items() for name in ((part, *members) if part in SKILLS else members)]
     differences = [comparison["views"]["tokens"]["scores"][name]["difference"] for name in names]
     at_chance = [name in comparison["at_chance"] for name in names]
     labels = [wrapped(f"{name} (at chance)" if grey else name) for name, grey in zip(names, at_chance, strict=True)]

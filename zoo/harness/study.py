@@ -93,6 +93,8 @@ class TasksConfig:
 
     knowledge: tuple[str, ...]
     comprehension: tuple[str, ...]
+    apart: tuple[str, ...] = ()
+    """Reported task by task, part of neither skill: train rows of a comprehension task, for example."""
 
     def __post_init__(self) -> None:
         for skill in ("knowledge", "comprehension"):
@@ -102,7 +104,7 @@ class TasksConfig:
     @property
     def all(self) -> tuple[str, ...]:
         """Every task once."""
-        return tuple(dict.fromkeys(self.knowledge + self.comprehension))
+        return tuple(dict.fromkeys(self.knowledge + self.comprehension + self.apart))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +128,9 @@ class Study:
         names = [entry.name for entry in self.entries]
         if not self.models:
             raise ValueError("models: name at least one")
+        for task, amount in self.data.tasks.items():
+            if task in self.tasks.all and amount.rows is not None and (self.limit is None or self.limit > amount.rows):
+                raise ValueError(f"limit = {self.limit}: {task} is trained on {amount.rows} rows; evaluate no more")
         for what, values in (("models", names), ("seeds", list(self.seeds))):
             if len(set(values)) < len(values) or not values:
                 raise ValueError(f"{what} = {values}: give each once, and at least one")

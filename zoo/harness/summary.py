@@ -68,7 +68,7 @@ def summarise(study: Study, runs: Sequence[Run], out: Path, command: str) -> dic
         "config": to_dict(study),
         "seeds": list(study.seeds),
         "tokens": study.training.tokens,
-        "tasks": skills,
+        "tasks": skills | ({"apart": list(study.tasks.apart)} if study.tasks.apart else {}),
         "not_ranked": left_out,
         "models": [
             _model(study, model, [run for run in runs if run.model.name == model.name], measured, ranked)
