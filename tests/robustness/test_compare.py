@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -50,6 +48,23 @@ limit: 6
 def compare(study: Path, out: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "zoo.cli.main", "compare", str(study), "--out", str(out)]
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def gone(directory: Path, seconds: float = 5) -> bool:
+    """Whether within so many seconds no process has ``directory`` in its command line."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not any(str(directory).encode() in _command_line(process) for process in Path("/proc").glob("[0-9]*")):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _command_line(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 @pytest.fixture(scope="module")
@@ -117,20 +132,22 @@ def test_what_is_finished_is_not_done_again_and_what_is_missing_is(finished: Pat
 def test_a_study_killed_three_times_ends_with_the_report_of_one_left_alone(
     study: Path, finished: Path, tmp_path: Path
 ) -> None:
-    """Killed at random moments: after a training began, and anywhere up to the time that the rest takes."""
+    """Killed at random moments: after a training began, and anywhere up to the time that the rest takes.
+
+    Only the study's own process is killed.
+    """
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "zoo.cli.main", "compare", str(study), "--out", str(out)]
     draw = random.Random(0)
     for target in ("models/*/fit/checkpoints/*", "models/*/fit/final", "models/*/measured/*"):
-        process = subprocess.Popen(
-            command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 300
         while not list(out.glob(target)) and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.05)
         time.sleep(draw.uniform(0, 1))
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
+        assert gone(out), "trainings end with the study that started them"
     measured = {path: path.stat().st_mtime_ns for path in out.glob("models/*/measured/*.json")}
     assert measured
     result = compare(study, out)

@@ -7,6 +7,7 @@ Everything lands in one directory. What is finished there is not done again, so 
 ``generated/``          other generated data sets, and the mirror of their questions
 ``tasks/``              train rows of evaluation tasks as text, where the study uses them
 ``tokenizer/  data/``   tokenizer and token data
+``twins/``              what twins by time were found to be, and how they were timed
 ``models/<run>/``       ``model.yaml``, ``fit.yaml``, ``fit/`` (the run directory of ``zoo fit``, with the checkpoints
                         evaluated along the way in ``snapshots/``), ``cost.jsonl``, ``evaluation/`` (lm-eval's files)
                         and ``measured/`` (one file for each checkpoint); a run is a model and a seed
@@ -17,15 +18,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Event, Thread
-from typing import IO, Any
+from threading import Event
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -33,19 +31,19 @@ from zoo.accounting import training_flops
 from zoo.config import load_yaml, save_spec, to_dict
 from zoo.files import write_text
 from zoo.harness import facts, task_text
+from zoo.harness.child import run_command
 from zoo.harness.entries import Model
 from zoo.harness.snapshots import Snapshots, seconds_file, snapshot_directory
-from zoo.harness.study import Study, resolve_models
+from zoo.harness.study import Study, TasksConfig, resolve_models
 from zoo.harness.suites.dataset import MIRROR, TRAINING_TEXT, VALIDATION_TEXT
 from zoo.harness.suites.generators import write_mixture
+from zoo.harness.time_twins import TimeTwins
 from zoo.tokenizer import Tokenizer
 
 Notify = Callable[[str], None]
 
 EVALUATION_BATCH = 64
 """Requests in one forward. Fixed, so that batching cannot make models differ."""
-
-_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -99,14 +97,14 @@ def run_study(study: Study, out: Path, data_root: Path | None, notify: Notify, j
     Raises:
         ValueError: an unknown model or task, ``out`` holds another study, or a run fails.
     """
-    from zoo.harness.runner import task_manager
-
     out = out.absolute()
     # Mistakes in the study show before the first minute is spent on it.
-    models = resolve_models(study, study.data.vocab_size or Tokenizer.load(str(study.data.tokenizer)).vocab_size)
-    task_manager(study.tasks.all, None, None)
+    vocab_size = study.data.vocab_size or Tokenizer.load(str(study.data.tokenizer)).vocab_size
+    resolve_models(study, vocab_size)
+    study = with_leaf_tasks(study)
     _claim(study, out)
     data = _prepare_data(study, out, data_root, notify)
+    models = resolve_models(study, vocab_size, TimeTwins(study, out, max(1, cores() // jobs), notify))
     runs = [Run(m, seed, out / "models" / f"{m.name}-seed{seed}") for seed in study.seeds for m in models]
     _train_all(study, [run for run in runs if not run.checkpoint.exists()], data, notify, jobs)
     points = [(run, step) for run in runs for step in study.training.evaluated_steps]
@@ -116,6 +114,18 @@ def run_study(study: Study, out: Path, data_root: Path | None, notify: Notify, j
             notify(f"{position}: evaluating {', '.join(study.tasks.all)}")
             _measure(study, run, step, data, _mirror(study, out) or data_root)
     return runs
+
+
+def with_leaf_tasks(study: Study) -> Study:
+    """``study`` with the tasks of its groups and suites in their place: those that have items.
+
+    Raises:
+        ValueError: an unknown task.
+    """
+    from zoo.harness.runner import leaf_tasks
+
+    leaves = {part: tuple(leaf_tasks(names)) if names else () for part, names in vars(study.tasks).items()}
+    return replace(study, tasks=TasksConfig(**leaves))
 
 
 def _claim(study: Study, out: Path) -> None:
@@ -212,6 +222,9 @@ def fit_config(study: Study, run: Run, data: Path) -> dict[str, Any]:
             "init_args": {"steps": [*training.evaluated_steps]},
         }
         own["trainer"]["callbacks"] = [*training.fit.get("trainer", {}).get("callbacks", []), snapshots]
+    if run.model.layout:
+        own["trainer"]["strategy"] = run.model.layout["strategy"]
+        own["parallel"] = {key: value for key, value in run.model.layout.items() if key != "strategy"}
     if run.model.spec.model.moe is not None:
         own["model"] |= training.balance
     merged = OmegaConf.to_container(OmegaConf.merge(training.fit, own))
@@ -242,61 +255,33 @@ def _train_all(study: Study, runs: Sequence[Run], data: Path, notify: Notify, jo
 
 
 def _train(study: Study, run: Run, data: Path, jobs: int, stop: Event) -> None:
-    """Call ``zoo fit`` in a process of its own, whose time and memory are those of the training alone."""
+    """Call ``zoo fit`` in a process of its own, whose time and memory are those of the training alone.
+
+    It ends with this one: a study that is killed leaves no training behind, and goes on from its last checkpoint.
+    """
     run.directory.mkdir(parents=True, exist_ok=True)
     save_spec(run.model.spec, run.directory / "model.yaml")
     config = run.directory / "fit.yaml"
     write_text(config, OmegaConf.to_yaml(OmegaConf.create(fit_config(study, run, data))))
-    began, peak = time.monotonic(), 0
     threads = max(1, cores() // jobs)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "zoo.cli.main", "fit", "--config", str(config)],
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        # One training alone has the terminal, and its progress bar; lines of several say whose they are.
-        stderr=None if jobs == 1 else subprocess.PIPE,
-        text=True,
-    )
-    if process.stderr is not None:
-        Thread(target=_forward, args=(process.stderr, f"{run.model.name}, seed {run.seed}"), daemon=True).start()
-    try:
-        while process.poll() is None and not stop.is_set():
-            peak = max(peak, _peak_memory(process.pid))
-            time.sleep(_POLL_SECONDS)
-    finally:
-        process.terminate()
-        process.wait()
-    if stop.is_set():
+    name = f"{run.model.name}, seed {run.seed}"
+    # One training alone has the terminal, and its progress bar; lines of several say whose they are.
+    ended = run_command(["fit", "--config", str(config)], threads, stop, None if jobs == 1 else name)
+    if ended is None:
         return
-    cost = {"wall_seconds": time.monotonic() - began, "peak_memory_bytes": peak, "threads": threads}
+    cost = {"wall_seconds": ended.wall_seconds, "peak_memory_bytes": ended.peak_memory, "threads": threads}
     with run.cost_file.open("a", encoding="utf-8") as file:
         file.write(json.dumps(cost) + "\n")
-    if process.returncode != 0:
+    if ended.code != 0:
         raise ValueError(
-            f"{run.model.name}, seed {run.seed}: zoo fit --config {config} ended with exit code {process.returncode}; "
-            "see above, then run the same command again to go on"
+            f"{name}: zoo fit --config {config} ended with exit code {ended.code}; see above, then run the same "
+            "command again to go on"
         )
 
 
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _forward(lines: IO[str], name: str) -> None:
-    for line in lines:
-        print(f"{name}: {line.rstrip()}", file=sys.stderr, flush=True)
-
-
-def _peak_memory(pid: int) -> int:
-    """Largest resident memory of a running process so far, in bytes; 0 where the system has no /proc.
-
-    Not getrusage's, which on Linux counts what the parent held when it started the process.
-    """
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------

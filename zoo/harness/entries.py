@@ -72,6 +72,8 @@ class EntryConfig:
     """Hidden size that ``base`` is brought to, with FFN and number of heads in proportion; depth stays."""
     variant: VariantConfig | None = None
     twin: TwinConfig | None = None
+    layout: dict[str, Any] = field(default_factory=dict)
+    """How ``zoo fit`` spreads the model over devices: ``strategy``, and keys of its ``parallel`` such as ``expert``."""
     sweep: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Values of ``width``, or of a variant's numbers: a model for each combination. The first is the axis of curves."""
 
@@ -83,6 +85,8 @@ class EntryConfig:
             raise ValueError(f"model {self.name!r}: a {given[0]} follows from its model; remove overrides and width")
         if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
             raise ValueError(f"model {self.name!r}: it names a directory; use letters, digits and hyphens")
+        if self.layout and "strategy" not in self.layout:
+            raise ValueError(f"model {self.name!r}: layout = {self.layout}: give its strategy, such as ep_fsdp")
         dials = _DIALS.get(given[0], ())
         for dial, values in self.sweep.items():
             if dial not in dials:
@@ -120,6 +124,7 @@ class Model:
     spec: ModelSpec
     twin: TwinConfig | None = None
     variant: VariantConfig | None = None
+    layout: Mapping[str, Any] = field(default_factory=dict)
 
 
 def expand(entry: EntryConfig) -> tuple[list[EntryConfig], list[Series]]:
@@ -184,7 +189,7 @@ def resolve(
         for name in entry.made_from if entry.twin else ():
             if by_name[name].twin:
                 raise ValueError(f"model {entry.name!r}: {name!r} is a twin itself; name a sparse model")
-    return [Model(entry.name, spec_of(entry), entry.twin, entry.variant) for entry in entries]
+    return [Model(entry.name, spec_of(entry), entry.twin, entry.variant, entry.layout) for entry in entries]
 
 
 def _spec(

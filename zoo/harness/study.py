@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 
@@ -15,8 +15,9 @@ from zoo.harness.facts import FactsConfig
 from zoo.harness.match import DESCRIPTIONS, TOLERANCE, measure
 from zoo.harness.suites.generators import MixtureConfig
 from zoo.harness.task_text import TaskRows
+from zoo.parallel.hardware import find_gpu
 
-Skill = Literal["knowledge", "comprehension"]
+SKILLS = ("knowledge", "comprehension")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class TrainingConfig:
     steps: int
     """Optimizer steps."""
     batch_size: int
-    """Sequences in a step."""
+    """Sequences in a micro-batch; a step has one of them, unless ``fit`` accumulates several."""
     sequence_length: int
     """Tokens in a sequence."""
     checkpoints: int = 1
@@ -77,9 +78,14 @@ class TrainingConfig:
             raise ValueError(f"checkpoints = {self.checkpoints}: give at most one for each of the {self.steps} steps")
 
     @property
+    def sequences(self) -> int:
+        """Sequences of an optimizer step, accumulated ones included."""
+        return self.batch_size * int(self.fit.get("trainer", {}).get("accumulate_grad_batches", 1))
+
+    @property
     def tokens(self) -> int:
         """Tokens that each model is trained on, repetitions counted."""
-        return self.steps * self.batch_size * self.sequence_length
+        return self.steps * self.sequences * self.sequence_length
 
     @property
     def evaluated_steps(self) -> tuple[int, ...]:
@@ -89,7 +95,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TasksConfig:
-    """Names of lm-eval tasks by what they measure."""
+    """Names of lm-eval tasks, or of groups and suites of them, by what they measure."""
 
     knowledge: tuple[str, ...]
     comprehension: tuple[str, ...]
@@ -97,7 +103,7 @@ class TasksConfig:
     """Reported task by task, part of neither skill: train rows of a comprehension task, for example."""
 
     def __post_init__(self) -> None:
-        for skill in ("knowledge", "comprehension"):
+        for skill in SKILLS:
             if not getattr(self, skill):
                 raise ValueError(f"{skill}: name at least one task")
 
@@ -105,6 +111,21 @@ class TasksConfig:
     def all(self) -> tuple[str, ...]:
         """Every task once."""
         return tuple(dict.fromkeys(self.knowledge + self.comprehension + self.apart))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """What ``zoo compare --dry-run`` estimates time and cost for."""
+
+    gpus: int
+    gpu: str = "h100"
+    """A kind of GPU that ``zoo plan`` knows."""
+    dollars_per_gpu_hour: float
+
+    def __post_init__(self) -> None:
+        find_gpu(self.gpu)
+        if self.gpus < 1 or self.dollars_per_gpu_hour < 0:
+            raise ValueError(f"{self}: give at least one GPU and a price of 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +144,7 @@ class Study:
     """Every model is trained once with each; a seed fixes the weights and the order of the data."""
     limit: int | None = None
     """Evaluate only the first items of each task."""
+    cluster: Cluster | None = None
 
     def __post_init__(self) -> None:
         names = [entry.name for entry in self.entries]

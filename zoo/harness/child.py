@@ -1,0 +1,93 @@
+"""A ``zoo`` command in a process of its own, which does not outlive the process that started it, however that ends.
+
+The starting process holds one end of a pipe and never writes into it. The system closes that end with the process, also
+on ``kill -9``; a thread of the child waits for this and then ends the child with all that the child started.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Thread
+from typing import IO
+
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a command took that ended by itself."""
+
+    code: int
+    wall_seconds: float
+    peak_memory: int
+    """Largest resident memory, bytes; 0 where the system has no /proc."""
+
+
+def run_command(arguments: Sequence[str], threads: int, stop: Event, name: str | None = None) -> Ended | None:
+    """Run ``zoo`` with ``arguments`` to its end.
+
+    Args:
+        threads: of its computations.
+        stop: once set, the command is ended.
+        name: printed before each line of its standard error, which by default is this process's own.
+
+    Returns:
+        ``None`` where it was stopped.
+    """
+    began, peak = time.monotonic(), 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "zoo.harness.child", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        stdin=subprocess.PIPE,  # the pipe that tells of this process's end
+        stderr=subprocess.PIPE if name else None,
+        text=True,
+        process_group=0,
+    )
+    if process.stderr is not None:
+        Thread(target=_forward, args=(process.stderr, name), daemon=True).start()
+    try:
+        while process.poll() is None and not stop.is_set():
+            peak = max(peak, _peak_memory(process.pid))
+            time.sleep(_POLL_SECONDS)
+    finally:
+        process.terminate()
+        code = process.wait()
+        assert process.stdin is not None
+        process.stdin.close()
+    return None if stop.is_set() else Ended(code, time.monotonic() - began, peak)
+
+
+def _forward(lines: IO[str], name: str) -> None:
+    for line in lines:
+        print(f"{name}: {line.rstrip()}", file=sys.stderr, flush=True)
+
+
+def _peak_memory(pid: int) -> int:
+    """Largest resident memory of a running process so far, in bytes; 0 where the system has no /proc.
+
+    Not getrusage's, which on Linux counts what the parent held when it started the process.
+    """
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+
+
+def _end_with_parent() -> None:
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    Thread(target=_end_with_parent, daemon=True).start()
+    from zoo.cli.main import main
+
+    sys.exit(main())
