@@ -1,6 +1,6 @@
 """From a finished study to a checkpoint of the zoo: weights small enough to commit, and a card that says what they are.
 
-``zoo.yaml  model.safetensors  tokenizer.*``  the zoo checkpoint
+``zoo.yaml  model.safetensors  tokenizer.*``  the zoo checkpoint, with the hash of its weights in ``SHA256SUMS``
 ``README.md``        model card, with metadata as the hub reads it
 ``release.json``     the numbers of the card, and which items were answered rightly: for programs such as ``zoo list``
 ``expert-load.png``  load of each expert on the validation text, of a sparse model
@@ -41,6 +41,7 @@ from zoo.tokenizer import Tokenizer
 from zoo.training.run import environment
 from zoo.weights.loading import load
 from zoo.weights.target import copy_tokenizer, new_directory, write_tensors
+from zoo.weights.verify import record_hashes, verify
 
 if TYPE_CHECKING:
     from zoo.model import Decoder
@@ -116,6 +117,7 @@ def release(study_directory: Path, model: str, out: Path, *, seed: int, dtype: s
         copy_tokenizer(run.checkpoint, aside, spec.model.vocab_size)
         write_tensors(aside, _converted(load(run.checkpoint), getattr(torch, dtype)))
         save_spec(spec, aside / CONFIG_FILE)
+        record_hashes(verify(aside))
         _check_size(aside, out)
         notify(f"{out.name}: evaluating the weights in {dtype}")
         record = _provenance(run, spec, dtype) | _measure(run, aside)
