@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 
+OLD = 2**31
+
+
 @dataclass(frozen=True, eq=False)
 class RecurrentOrder:
     """The new tokens of each row as they follow each other, padding last."""
@@ -23,7 +26,7 @@ class RecurrentOrder:
     valid: Tensor
     """[B, S] bool in this order, False for padding."""
     age: Tensor
-    """[B, S] int64 in this order, tokens since the document began; S and more in the first, which may have a past."""
+    """[B, S] int64 in this order, tokens since the document began; ``OLD`` and more in the first, which has a past."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +116,7 @@ class SequenceLayout:
         valid, steps = segments != -1, torch.arange(new.shape[1], device=new.device).expand_as(index)
         begins = torch.zeros_like(valid)
         begins[:, 1:] = valid[:, 1:] & (segments[:, 1:] != segments[:, :-1])
-        age = steps - torch.where(begins, steps, -new.shape[1]).cummax(dim=1).values
+        age = steps - torch.where(begins, steps, -OLD).cummax(dim=1).values
         return RecurrentOrder(index, index.argsort(dim=1), valid, age)
 
     @property
