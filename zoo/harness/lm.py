@@ -46,7 +46,8 @@ class ZooLM(TemplateLM):
     Args:
         pretrained: a decoder, or anything that ``zoo.load`` takes.
         tokenizer: of the decoder; that of anything else lies beside its weights.
-        batch_size: requests in one forward.
+        batch_size: of generation, requests in one forward; of scoring, requests of full length whose tokens may be
+            in memory together, so that a forward holds more of the shorter ones.
         device: by default the GPU if there is one; ignored where ``pretrained`` is a decoder.
         dtype: name of a torch dtype; ignored where ``pretrained`` is a decoder.
         max_length: tokens of context and continuation; by default the model's positions.
@@ -126,12 +127,13 @@ class ZooLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Sum of the continuation's log-probabilities and whether each of its tokens is the most probable one."""
         rows = self._rows(requests)
-        budget = min(self.batch_size * self.max_length, TOKENS_AT_ONCE)
+        slots = self.batch_size * self.max_length
+        budget = min(slots, TOKENS_AT_ONCE)
         inputs = (Input(tokens, min(span.start for _, span in spans)) for tokens, spans in rows.items())
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Scoring continuations") as bar:
             for groups in batches(grouped(inputs), budget):
-                for batch, past, hidden in self._hidden(groups, budget):
+                for batch, past, hidden in self._hidden(groups, budget, slots):
                     spans = [
                         (row, number, range(span.start - past, span.stop - past))
                         for row, one in enumerate(batch)
@@ -169,7 +171,7 @@ class ZooLM(TemplateLM):
             rows[longest] += spans[inputs]
         return rows
 
-    def _hidden(self, groups: Sequence[Group], budget: int) -> Iterator[tuple[list[Input], int, Tensor]]:
+    def _hidden(self, groups: Sequence[Group], budget: int, slots: int) -> Iterator[tuple[list[Input], int, Tensor]]:
         """Rows of ``groups``, the number of tokens before their hidden states, and those [B, S, D], padded."""
         past = min(group.shared for group in groups)
         owners = {one.tokens: row for row, group in enumerate(groups) for one in group.inputs}
@@ -178,7 +180,7 @@ class ZooLM(TemplateLM):
             beginnings = torch.tensor([group.inputs[0].tokens[:past] for group in groups], device=self._device)
             cache = self.model.new_cache(len(groups), past)
             self.model(beginnings, cache=cache, logits_to_keep=None)
-        for batch in padded((one for group in groups for one in group.inputs), budget, past):
+        for batch in padded((one for group in groups for one in group.inputs), budget, past, slots):
             ids = _right_padded([one.tokens[past:] for one in batch], self._device)
             branch = None
             if cache is not None:

@@ -9,10 +9,8 @@ from operator import eq
 
 SHARING_PAYS = 0.8
 """Share a beginning where at most this part of the tokens remains: a second forward and copies of the cache cost."""
-LARGEST_WASTE = 1 / 8
-"""Of the tokens in a forward: more padding begins another one."""
-SMALL = 256
-"""Tokens of a forward that takes about as long as an empty one: padding is free up to here."""
+FORWARD_COSTS = 256
+"""Tokens, however few a forward has: more padding than that begins another one (docs/evaluation.md has the times)."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +27,6 @@ class Group:
 
     inputs: Sequence[Input]
     shared: int
-
-    @property
-    def work(self) -> int:
-        """Tokens to compute, the shared ones once."""
-        return self.shared + sum(len(one.tokens) - self.shared for one in self.inputs)
 
 
 @dataclass
@@ -96,44 +89,43 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 def batches(groups: Sequence[Group], budget: int) -> Iterator[list[Group]]:
     """Groups whose shared beginnings, cut to the shortest of them, make one forward of at most ``budget`` tokens.
 
-    Those that share nothing come together. One that exceeds the budget goes alone.
+    Those that share nothing come together. A beginning that exceeds the budget goes alone.
     """
     sharing = sorted((group for group in groups if group.shared), key=lambda group: group.shared)
     alone = [group for group in groups if not group.shared]
     if alone:
         yield alone
     batch: list[Group] = []
-    repeated = work = 0
+    repeated = 0
     # The shortest first: what the others of the batch share beyond it is computed for each of their inputs.
     for group in sharing:
         extra = (group.shared - batch[0].shared) * len(group.inputs) if batch else 0
-        too_long = batch and (len(batch) + 1) * batch[0].shared > budget
-        if too_long or repeated + extra > LARGEST_WASTE * (work + group.work):
+        if batch and ((len(batch) + 1) * batch[0].shared > budget or repeated + extra > FORWARD_COSTS):
             yield batch
-            batch, repeated, work, extra = [], 0, 0, 0
+            batch, repeated, extra = [], 0, 0
         batch.append(group)
-        repeated, work = repeated + extra, work + group.work
+        repeated += extra
     if batch:
         yield batch
 
 
-def padded(inputs: Iterable[Input], budget: int, past: int = 0) -> Iterator[list[Input]]:
+def padded(inputs: Iterable[Input], budget: int, past: int = 0, slots: int | None = None) -> Iterator[list[Input]]:
     """Inputs of similar length for forwards of at most ``budget`` tokens each, padding counted, the longest first.
 
     Args:
-        past: tokens of each that are computed already. They count, since their keys and values take memory.
+        past: tokens of each that are computed already.
+        slots: most tokens of all rows with ``past``, whose keys and values are in memory; by default ``budget``.
     """
+    slots = budget if slots is None else slots
     batch: list[Input] = []
     tokens = 0
     for one in sorted(inputs, key=lambda one: (-len(one.tokens), one.tokens)):
-        size = len(one.tokens) - past
-        if batch:
-            longest = len(batch[0].tokens) - past
-            room = (len(batch) + 1) * (longest + past) <= budget
-            waste = (len(batch) + 1) * longest - (tokens + size)
-            if not room or (waste > LARGEST_WASTE * (tokens + size) and tokens >= SMALL):
-                yield batch
-                batch, tokens = [], 0
+        rows, size = len(batch) + 1, len(one.tokens) - past
+        longest = len(batch[0].tokens) - past if batch else size
+        padding = rows * longest - (tokens + size)
+        if batch and (rows * longest > budget or rows * (past + longest) > slots or padding > FORWARD_COSTS):
+            yield batch
+            batch, tokens = [], 0
         batch.append(one)
         tokens += size
     if batch:

@@ -1,0 +1,195 @@
+"""Log-likelihoods with shared beginnings and batches by tokens, against one request at a time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import zoo
+from zoo.config import ModelConfig
+from zoo.harness.lm import Request, ZooLM
+from zoo.harness.prefixes import Group, Input, batches, grouped, padded
+from zoo.model import Decoder
+from zoo.registry import find_spec
+from zoo.tokenizer import Tokenizer
+
+TOLERANCE = 1e-4
+"""On log-likelihoods, in nats."""
+POSITIONS = 48
+MODELS = [
+    "llama-tiny",
+    "mixtral-tiny",
+    "deepseek-v3-tiny",
+    "mistral-tiny",
+    "gpt-oss-tiny",
+    "gemma2-tiny",
+    "llama4-tiny",
+]
+"""Dense, sparse, MLA with shared experts, windows, sinks, windows in every other layer, chunks."""
+
+
+def small(config: ModelConfig) -> ModelConfig:
+    """Few positions, and a window shorter than them where there is one."""
+    config = replace(config, vocab_size=300, num_layers=2, max_position_embeddings=POSITIONS)
+    attention = config.attention
+    if attention and attention.sliding_window:
+        config = replace(config, attention=replace(attention, sliding_window=8))
+    if attention and attention.interleaved_rope:
+        interleaved = replace(attention.interleaved_rope, chunk_size=8)
+        config = replace(config, attention=replace(attention, interleaved_rope=interleaved))
+    return config
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest) -> Decoder:
+    model = zoo.build(small(find_spec(request.param).model), seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)  # as built, all logits are nearly equal
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer(token_data: Path) -> Tokenizer:
+    return Tokenizer.load(token_data.parent / "tokenizer")
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def questions(seed: int, count: int) -> list[Request]:
+    """Passages with questions with choices: of one token, of several, the same twice, and some beyond the positions."""
+    draw = random.Random(seed)
+
+    def words(low: int, high: int) -> list[int]:
+        return [draw.randrange(3, 300) for _ in range(draw.randint(low, high))]
+
+    requests: list[Request] = []
+    for _ in range(count):
+        passage = [1, *words(1, POSITIONS)]
+        for _ in range(draw.randint(1, 3)):
+            context = passage + words(0, 6)
+            answer = words(1, 1)
+            requests += [(None, context, choice) for choice in (answer, answer + words(1, 4), words(1, 8), words(1, 1))]
+    long = (None, words(POSITIONS + 5, POSITIONS + 5), words(3, 3))
+    return [*requests, requests[0], long, (None, [1], [7]), (None, [1], [7, 8])]
+
+
+@torch.inference_mode()
+def one_at_a_time(model: Decoder, requests: list[Request]) -> list[tuple[float, bool]]:
+    """The definition: a forward over the last tokens that fit, all but the last; no batch, padding or cache."""
+    results = []
+    for _, context, continuation in requests:
+        inputs = (context + continuation)[-(POSITIONS + 1) : -1]
+        log_probs = model(torch.tensor([inputs])).logits[0, -len(continuation) :].log_softmax(-1)
+        targets = torch.tensor(continuation)
+        total = log_probs.gather(1, targets[:, None]).sum()
+        results.append((float(total), bool((log_probs.argmax(-1) == targets).all())))
+    return results
+
+
+def assert_equal_scores(ours: list[tuple[float, bool]], expected: list[tuple[float, bool]]) -> None:
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in expected]
+    assert [score for score, _ in ours] == pytest.approx([score for score, _ in expected], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_scores_are_those_of_one_request_at_a_time(model: Decoder, tokenizer: Tokenizer, batch_size: int) -> None:
+    requests = questions(seed=batch_size, count=5)
+    lm = ZooLM(model, tokenizer, batch_size=batch_size)
+    scores = lm._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert_equal_scores(scores, one_at_a_time(model, requests))
+    assert lm.num_truncated > 0, "no request was longer than the positions"
+
+
+def test_scores_do_not_depend_on_order_or_company(model: Decoder, tokenizer: Tokenizer, two_threads: None) -> None:
+    requests = questions(seed=9, count=4)
+    lm = ZooLM(model, tokenizer, batch_size=4)
+    scores = dict(enumerate(lm._loglikelihood_tokens(requests, disable_tqdm=True)))
+    torch.set_num_threads(1)
+    some = random.Random(0).sample(range(len(requests)), len(requests) // 2)
+    assert_equal_scores(
+        lm._loglikelihood_tokens([requests[n] for n in some], disable_tqdm=True), [scores[n] for n in some]
+    )
+
+
+def test_a_shared_passage_is_computed_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 choices of 4 tokens after 40: 40 + 40 · 4 positions with one of the context, not 40 · 44."""
+    model = zoo.build(small(find_spec("llama-tiny").model), seed=1)
+    draw = random.Random(0)
+    context = [draw.randrange(300) for _ in range(40)]
+    requests: list[Request] = [(None, context, [draw.randrange(300) for _ in range(4)]) for _ in range(40)]
+    computed = []
+    model.embed_tokens.register_forward_hook(lambda _, inputs, __: computed.append(inputs[0].numel()))
+    ZooLM(model, tokenizer, batch_size=64)._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert sum(computed) == 39 + 40 * 4
+
+
+# The plan ------------------------------------------------------------------------------------------------------
+
+inputs_of_few_letters = st.sets(st.lists(st.integers(0, 2), min_size=1, max_size=9).map(tuple), min_size=1, max_size=20)
+
+
+def as_inputs(rows: set[tuple[int, ...]], draw: random.Random) -> list[Input]:
+    return [Input(row, draw.randrange(len(row))) for row in sorted(rows)]
+
+
+def work(groups: list[Group]) -> int:
+    return sum(group.shared + sum(len(one.tokens) - group.shared for one in group.inputs) for group in groups)
+
+
+@given(inputs_of_few_letters, st.randoms(use_true_random=False))
+@settings(max_examples=200, deadline=None)
+def test_groups_hold_every_input_once_and_share_what_is_equal(rows: set[tuple[int, ...]], draw: random.Random) -> None:
+    inputs = as_inputs(rows, draw)
+    groups = grouped(inputs)
+    assert sorted(one.tokens for group in groups for one in group.inputs) == sorted(rows)
+    for group in groups:
+        assert len({one.tokens[: group.shared] for one in group.inputs}) == 1
+        assert all(group.shared <= one.first for one in group.inputs), "a position whose hidden state is wanted"
+        assert group.shared == 0 or len(group.inputs) > 1
+    assert work(groups) <= sum(map(len, rows))
+    shuffled = draw.sample(inputs, len(inputs))
+    assert grouped(shuffled) == groups
+
+
+def test_the_deeper_beginning_is_shared_where_that_takes_less() -> None:
+    passage, other = (1, *range(10, 40)), (1, *range(50, 80))
+    questions_of = [(*passage, 5), (*passage, 6), (*passage, 7, 7), (*other, 5), (*other, 6)]
+    groups = grouped([Input(tokens, 31) for tokens in [*questions_of, (1, 2)]])
+    assert sorted((len(group.inputs), group.shared) for group in groups) == [(1, 0), (2, 31), (3, 31)]
+    assert work(groups) == (31 + 4) + (31 + 2) + 2
+
+
+@given(inputs_of_few_letters, st.integers(4, 40), st.randoms(use_true_random=False))
+@settings(max_examples=100, deadline=None)
+def test_forwards_stay_within_the_budget(rows: set[tuple[int, ...]], budget: int, draw: random.Random) -> None:
+    groups = grouped(as_inputs(rows, draw))
+    seen = []
+    for batch in batches(groups, budget):
+        past = min(group.shared for group in batch)
+        assert past * len(batch) <= budget or len(batch) == 1
+        for forward in padded((one for group in batch for one in group.inputs), budget, past):
+            assert len(forward) == 1 or len(forward) * max(len(one.tokens) for one in forward) <= budget
+            seen += [one.tokens for one in forward]
+    assert sorted(seen) == sorted(rows)
+
+
+def test_inputs_of_unlike_length_are_not_padded_to_one() -> None:
+    lengths = [1000, 990, 100, 99, 98, 97, 10]
+    inputs = [Input(tuple([n] * n), n - 1) for n in lengths]
+    forwards = [[len(one.tokens) for one in forward] for forward in padded(inputs, 4096)]
+    assert forwards == [[1000, 990], [100, 99, 98, 97, 10]]
