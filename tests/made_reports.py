@@ -92,8 +92,8 @@ def small_report() -> dict[str, Any]:
         "models": [model("sparse", 0.6, 0.905, True), model("dense", 0.4, 0.9, False)],
         "comparisons": [
             {
-                "sparse": "sparse",
-                "dense": "dense",
+                "first": "sparse",
+                "second": "dense",
                 "matched_by": "active",
                 "views": {
                     "tokens": view(10_240, knowledge, comprehension),
@@ -106,7 +106,7 @@ def small_report() -> dict[str, Any]:
             }
         ],
     }
-    return result | {"headline": sentences(result)}
+    return result | {"sweeps": [], "headline": sentences(result)}
 
 
 TASKS = {"knowledge": ["trivia"], "comprehension": ["boolq", "record_corrected", "shortest_path_of_a_graph", "wic"]}
@@ -126,7 +126,7 @@ def large_report() -> dict[str, Any]:
     names = [*TASKS, *TASKS["knowledge"], *TASKS["comprehension"]]
     result["comparisons"] = []
     for sparse, dense, by in (*((name, twins[0], "active") for name in experts), ("mixtral-style", twins[1], None)):
-        comparison = copy.deepcopy(first) | {"sparse": sparse, "dense": dense, "matched_by": by, "at_chance": ["wic"]}
+        comparison = copy.deepcopy(first) | {"first": sparse, "second": dense, "matched_by": by, "at_chance": ["wic"]}
         for at_equal in comparison["views"].values():
             if at_equal["scores"]:
                 at_equal["scores"] = {name: _contrast(draw) for name in names}

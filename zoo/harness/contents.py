@@ -56,9 +56,11 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
     """Everything but headline and provenance, in the order of interest; a section may have no table."""
     by_task = [_task_differences(comparison, report["tasks"]) for comparison in report["comparisons"]]
     experts = _balance(report)
+    sweeps = [Section("sweeps", "More experts, more width", _SWEEPS_NOTE, [])] if report["sweeps"] else []
     return [
         Section("scores", "Scores", _skill_note(report), [_skills(report)]),
         Section("curves", "At equal loss, tokens, compute and time", _CURVES_NOTE, _differences(report)),
+        *sweeps,
         Section("comparisons", "Model against model", "Differences at the end of training, by task.", by_task),
         Section("tasks", "Task by task", "", [_tasks(report)]),
         Section("experts", "Experts", "Which experts the routers choose.", [experts] if experts.rows else []),
@@ -67,6 +69,11 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
 
 
 _CURVES_NOTE = "Of the same runs: at the furthest point that both models reach, read off between their checkpoints."
+
+_SWEEPS_NOTE = (
+    "The models of each sweep, at the end of training. Variants have the active parameters of the dense model that "
+    "they are made from; where a sweep has one expert, that is the dense model itself."
+)
 
 
 def reading(report: Mapping[str, Any]) -> str:
@@ -143,7 +150,7 @@ def _differences(report: Mapping[str, Any]) -> list[Table]:
         for axis, view in comparison["views"].items():
             matched = MATCHED.get(comparison["matched_by"], "–")
             cells = [
-                f"{comparison['sparse']} − {comparison['dense']}",
+                f"{comparison['first']} − {comparison['second']}",
                 matched,
                 f"{AXES[axis]}: {_at(axis, view['at'])}",
             ]
@@ -191,7 +198,7 @@ def _task_differences(comparison: Mapping[str, Any], tasks: Mapping[str, Sequenc
             if task in comparison["at_chance"]:
                 cells[2] = "both at chance: not ranked"
             rows.append([*cells, *(_p_value(test and test[key]) for key in ("p_value", "p_holm"))])
-    return Table(f"{comparison['sparse']} − {comparison['dense']}, at equal tokens", header, rows)
+    return Table(f"{comparison['first']} − {comparison['second']}, at equal tokens", header, rows)
 
 
 def _sizes(report: Mapping[str, Any]) -> Table:

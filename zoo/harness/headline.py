@@ -27,7 +27,7 @@ def sentences(report: Mapping[str, Any]) -> list[str]:
             result.append(_contrast(report, comparison, "loss", f"At equal perplexity ({perplexity:.2f})"))
         both = [task for task in comparison["at_chance"] if task not in report["not_ranked"]]
         if both:
-            pair = f"{comparison['sparse']} and {comparison['dense']}"
+            pair = f"{comparison['first']} and {comparison['second']}"
             result.append(f"Of {pair}, neither is above chance on {', '.join(both)}: not ranked.")
     chance = [_against_guessing(report)]
     if report["not_ranked"]:
@@ -82,7 +82,7 @@ def _against_guessing(report: Mapping[str, Any]) -> str:
 
 def _contrast(report: Mapping[str, Any], comparison: Mapping[str, Any], axis: str, where: str) -> str:
     view = comparison["views"][axis]
-    subject = f"{where}, {comparison['sparse']} against {comparison['dense']}"
+    subject = f"{where}, {comparison['first']} against {comparison['second']}"
     if view["scores"] is None:
         return f"{subject}: not determined, because one of the two was better than that at its first checkpoint."
     drawn = "items and seeds" if len(report["seeds"]) > 1 else "items"

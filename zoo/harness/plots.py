@@ -26,6 +26,7 @@ from zoo.harness.drawing import (
     wrapped,
 )
 from zoo.harness.headline import SKILLS, held_equal
+from zoo.harness.sweep_plots import sweep_plots
 
 AXES = {
     "loss": "validation loss, nats a token",
@@ -49,6 +50,7 @@ def plots(report: Mapping[str, Any]) -> list[Plot]:
         result = [score_of(report, skill, "scores") for skill in SKILLS]
         if several:
             result += [against(report, axis) for axis in AXES if models[0]["checkpoints"][0][axis] is not None]
+        result += sweep_plots(report)
         result += [forest(comparison, report["tasks"]) for comparison in report["comparisons"]]
         result += [score_of(report, task, "tasks") for task in dict.fromkeys(tasks)]
         result += [expert_load(model) for model in models if model["expert_load"]]
@@ -82,7 +84,7 @@ def score_of(report: Mapping[str, Any], name: str, section: str) -> Plot:
 
 
 def forest(comparison: Mapping[str, Any], tasks: Mapping[str, Sequence[str]]) -> Plot:
-    """Sparse minus dense of each skill and task with its interval; grey where neither model is above chance."""
+    """First minus second model of each skill and task with its interval; grey where neither model is above chance."""
     names = [name for part, members in tasks.items() for name in ((part, *members) if part in SKILLS else members)]
     differences = [comparison["views"]["tokens"]["scores"][name]["difference"] for name in names]
     at_chance = [name in comparison["at_chance"] for name in names]
@@ -95,12 +97,12 @@ def forest(comparison: Mapping[str, Any], tasks: Mapping[str, Sequence[str]]) ->
     axes.set(xlabel="difference, points")
     rows: list[list[Any]] = [["difference of", "value", "low", "high", "at chance"]]
     rows += [[n, d["value"], d["low"], d["high"], c] for n, d, c in zip(names, differences, at_chance, strict=True)]
-    title = f"{comparison['sparse']} − {comparison['dense']}"
+    title = f"{comparison['first']} − {comparison['second']}"
     note = (
-        f"At equal {held_equal(comparison)}; to the right {comparison['sparse']} is better. Bars are 95% intervals; "
+        f"At equal {held_equal(comparison)}; to the right {comparison['first']} is better. Bars are 95% intervals; "
         "diamonds are the means of the skills."
     )
-    return finish(figure, f"forest-{comparison['sparse']}-{comparison['dense']}", "comparisons", title, note, rows)
+    return finish(figure, f"forest-{comparison['first']}-{comparison['second']}", "comparisons", title, note, rows)
 
 
 def against(report: Mapping[str, Any], axis: str) -> Plot:

@@ -21,11 +21,13 @@ Shapes: S seeds, N items of one task, M models, R resamples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t
 
 Array = NDArray[np.float64]
 
@@ -198,6 +200,15 @@ def _gains(skill: Bootstrap, model: int, reference: int) -> tuple[float, Array]:
     positive = references > 0
     gains = np.where(positive, skill.replicates[:, model] / np.where(positive, references, 1.0) - 1, 0.0)
     return float(skill.means[model] / skill.means[reference] - 1), gains
+
+
+def seed_interval(values: Sequence[float]) -> Estimate:
+    """Mean over training seeds with its 95% interval (Student's t); of one seed, of no width."""
+    mean = float(np.mean(values))
+    if len(values) == 1:
+        return Estimate(mean, mean, mean)
+    half = float(t.ppf((1 + LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    return Estimate(mean, mean - half, mean + half)
 
 
 def align(scores: Sequence[Mapping[str, float]]) -> Array:

@@ -22,7 +22,7 @@ from zoo.harness.entries import Model
 from zoo.harness.facts import guess_rates
 from zoo.harness.headline import sentences
 from zoo.harness.significance import SIGNIFICANCE, chance_p_value, combine, holm, is_accuracy, mcnemar_p_value
-from zoo.harness.statistics import Array, align, bootstrap
+from zoo.harness.statistics import Array, align, bootstrap, seed_interval
 from zoo.harness.study import Pair, Study, pairs
 from zoo.harness.suites import generators
 from zoo.harness.views import AXES, Axis, Points, contrast
@@ -78,7 +78,25 @@ def summarise(study: Study, runs: Sequence[Run], out: Path, command: str) -> dic
     }
     by_name = {model["name"]: model for model in report["models"]}
     report["comparisons"] = [_comparison(pair, by_name, points, ranked) for pair in pairs(study, models)]
+    report["sweeps"] = _sweeps(study, report["models"])
     return report | {"headline": sentences(report)}
+
+
+def _sweeps(study: Study, models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The study's series, with the final loss of each model over its seeds."""
+    last = study.training.steps
+    losses = {m["name"]: [point["loss"] for point in m["checkpoints"] if point["step"] == last] for m in models}
+    return [
+        {
+            "name": series.name,
+            "dial": series.dial,
+            "points": [
+                {"value": value, "model": name, "loss": asdict(seed_interval(losses[name]))}
+                for value, name in series.models.items()
+            ],
+        }
+        for series in study.series
+    ]
 
 
 def _points(study: Study, runs: Sequence[Run], models: Sequence[Model], measured: Measured) -> dict[str, Points]:
@@ -223,8 +241,8 @@ def _comparison(
         if models[pair.first]["scores"][task]["at_chance"] and models[pair.second]["scores"][task]["at_chance"]
     ]
     return {
-        "sparse": pair.first,
-        "dense": pair.second,
+        "first": pair.first,
+        "second": pair.second,
         "matched_by": pair.matched_by,
         "views": {axis: contrast(first, second, axis, skills) for axis in axes},
         "mcnemar": mcnemar(
