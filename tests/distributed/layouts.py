@@ -26,6 +26,7 @@ from zoo.parallel.grads import clip_gradients, global_norm, set_last_micro_batch
 from zoo.parallel.mesh import Meshes, build_meshes
 from zoo.parallel.plan import load_plan
 from zoo.parallel.torch_private import gathered, local_slices, set_timeout
+from zoo.registry import find_spec
 
 _BASE = {
     "vocab_size": 37,
@@ -105,6 +106,15 @@ MODELS = {
     ),
     "dense": ModelConfig(**_BASE, attention=_GQA),
 }
+
+
+def model_config(name: str) -> ModelConfig:
+    """One of ``MODELS``, or a model of the zoo with their vocabulary and spread of weights."""
+    if name in MODELS:
+        return MODELS[name]
+    small = {key: _BASE[key] for key in ("vocab_size", "initializer_range")}
+    return dataclasses.replace(find_spec(name).model, **small)
+
 
 Batch = tuple[Tensor, Tensor]
 """input_ids, labels, each [B, S]."""
@@ -285,7 +295,7 @@ def snapshot(model: Decoder, optimizer: torch.optim.Optimizer) -> Result:
 
 def train_alone(run: Run, data: int) -> Result:
     """The same steps on one process, the batches of all data ranks as micro-batches."""
-    model = build(MODELS[run.model], seed=3, dtype=run.dtype)
+    model = build(model_config(run.model), seed=3, dtype=run.dtype)
     return train(model, run, list(range(data)))
 
 
@@ -295,9 +305,9 @@ def make_parallel(
     """A tiny model in ``layout``: spread without memory and then filled, or built whole and then spread."""
     meshes = meshes_of(layout)
     if not meta:
-        return parallelize(build(MODELS[name], 3, dtype), meshes, load_plan(layout.plan), options), meshes
+        return parallelize(build(model_config(name), 3, dtype), meshes, load_plan(layout.plan), options), meshes
     with torch.device("meta"):
-        model = Decoder(MODELS[name]).to(dtype)
+        model = Decoder(model_config(name)).to(dtype)
     parallelize(model, meshes, load_plan(layout.plan), options)
     model.to_empty(device="cpu")
     init.initialize(model, seed=3)

@@ -17,17 +17,7 @@ from typing import Any, Literal
 
 import pytest
 
-from zoo.config import (
-    AttentionConfig,
-    InterleavedRopeConfig,
-    LinearScaling,
-    Llama3Scaling,
-    MLAConfig,
-    ModelConfig,
-    MoEConfig,
-    RopeConfig,
-    YarnScaling,
-)
+from zoo.config import ModelConfig
 from zoo.families import FAMILIES
 from zoo.registry import find_spec, model_names
 
@@ -82,11 +72,9 @@ def test_blocks_name_no_family(repository: Path) -> None:
 
 def test_no_block_has_an_option_that_no_config_uses() -> None:
     used = {option for name in model_names() for option in options(find_spec(name).model)}
-    blocks = {AttentionConfig, InterleavedRopeConfig, LinearScaling, Llama3Scaling, MLAConfig, ModelConfig, MoEConfig}
-    blocks |= {RopeConfig, YarnScaling}
     declared = {
         (block.__name__, field.name, choice)
-        for block in blocks
+        for block in blocks_of(ModelConfig)
         for field in dataclasses.fields(block)
         for choice in choices(typing.get_type_hints(block)[field.name]) or ("given",)
     }
@@ -102,6 +90,13 @@ ONLY_IN_CHECKPOINTS = {
     ("YarnScaling", "beta_slow"),
 }
 """Fields that the config.json of a checkpoint may set, and no published size of the zoo does."""
+
+
+def blocks_of(block: type) -> set[type]:
+    """``block`` and every dataclass that may stand in it."""
+    hints = typing.get_type_hints(block).values()
+    arms = [arm for hint in hints for arm in (typing.get_args(hint) or (hint,)) if dataclasses.is_dataclass(arm)]
+    return {block}.union(*map(blocks_of, arms))
 
 
 def options(block: Any) -> Iterator[tuple[str, str, str]]:

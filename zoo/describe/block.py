@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from zoo.config import AttentionConfig, MLAConfig, ModelConfig, MoEConfig
+from zoo.config import AttentionConfig, MambaConfig, MLAConfig, ModelConfig, MoEConfig
 from zoo.describe.rows import WORDS, attention_kind, number
 
 
@@ -62,12 +62,20 @@ def block_drawing(config: ModelConfig) -> BlockDrawing:
 
 
 def _mixer(config: ModelConfig, layer: int) -> Part:
+    if config.mamba and config.is_mamba_layer(layer):
+        return Part("Mamba", _mamba(config.mamba, config.hidden_size))
     if config.mla:
-        return Part("Multi-head latent attention", (*_mla(config.mla), _rope(config)))
+        return Part("Multi-head latent attention", (*_mla(config.mla), _positions(config)))
     assert config.attention is not None
-    chunked = config.attention.interleaved_rope is not None
-    lines = (*_attention(config.attention, layer), *([] if chunked else [_rope(config)]))
-    return Part(f"{attention_kind(config.attention).capitalize()} attention", lines)
+    lines = [*_attention(config.attention), *([] if config.attention.interleaved_rope else [_positions(config)])]
+    return Part(f"{attention_kind(config.attention).capitalize()} attention", tuple(lines))
+
+
+def _mamba(m: MambaConfig, width: int) -> tuple[str, ...]:
+    return (
+        f"{m.expand * width:,} channels with a state of {m.state_size} each",
+        f"convolution over {m.conv_width} tokens, time steps of rank {m.dt_rank}",
+    )
 
 
 def _mla(m: MLAConfig) -> list[str]:
@@ -78,7 +86,7 @@ def _mla(m: MLAConfig) -> list[str]:
     ]
 
 
-def _attention(a: AttentionConfig, layer: int) -> list[str]:
+def _attention(a: AttentionConfig) -> list[str]:
     heads = f"{a.num_heads} heads of {a.head_dim}"
     lines = [heads if a.num_kv_heads == a.num_heads else f"{heads}, {a.num_kv_heads} for keys and values"]
     if a.qkv_bias or a.output_bias:
@@ -101,8 +109,10 @@ def _attention(a: AttentionConfig, layer: int) -> list[str]:
     return lines
 
 
-def _rope(config: ModelConfig) -> str:
+def _positions(config: ModelConfig) -> str:
     rope = config.rope
+    if rope is None:
+        return "no positions"
     scalings = [("YaRN", rope.yarn), ("Llama 3 scaling", rope.llama3), ("linear scaling", rope.linear)]
     scaled = [f", {name} × {number(scaling.factor)}" for name, scaling in scalings if scaling]
     return f"rotary positions, θ = {number(rope.theta)}" + "".join(scaled)
@@ -134,13 +144,26 @@ def _experts(moe: MoEConfig, gate: str) -> Experts:
 
 
 def _notes(config: ModelConfig, moe_layers: list[int]) -> tuple[str, ...]:
+    """How the blocks of the other layers differ."""
+    return (_ffn_note(config, moe_layers), *_mixer_note(config))
+
+
+def _mixer_note(config: ModelConfig) -> list[str]:
+    if config.mamba is None or config.attention is None:
+        return []
+    attending = [layer for layer in range(config.num_layers) if not config.is_mamba_layer(layer)]
+    kind = f"{attention_kind(config.attention)} attention of {_attention(config.attention)[0]}"
+    return [f"{len(attending)} layers have {kind} in place of Mamba ({_ranges(attending)}, from 0)."]
+
+
+def _ffn_note(config: ModelConfig, moe_layers: list[int]) -> str:
     if not moe_layers:
-        return (f"{config.num_layers} layers.",)
+        return f"{config.num_layers} layers."
     dense = [layer for layer in range(config.num_layers) if layer not in moe_layers]
     if not dense:
-        return (f"{config.num_layers} layers, all with experts.",)
+        return f"{config.num_layers} layers, all with experts."
     width = f"the others have a {WORDS[config.ffn]} of {config.intermediate_size:,}"
-    return (f"{config.num_layers} layers, {len(moe_layers)} with experts; {width} ({_ranges(dense)}, from 0).",)
+    return f"{config.num_layers} layers, {len(moe_layers)} with experts; {width} ({_ranges(dense)}, from 0)."
 
 
 def _ranges(layers: list[int]) -> str:

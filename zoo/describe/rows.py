@@ -53,6 +53,13 @@ LABELS: dict[str, tuple[str, str]] = {
     "attention.logit_softcap": ("Attention", "score soft cap"),
     "attention.sinks": ("Attention", "sinks"),
     "attention.clip_qkv": ("Attention", "q, k, v clamped to ±"),
+    "mamba_layers": ("Mamba", "layers in place of attention"),
+    "mamba.attention_interval": ("Mamba", "attention in every so-manieth layer"),
+    "mamba.attention_offset": ("Mamba", "first layer with attention, from 0"),
+    "mamba.state_size": ("Mamba", "state of a channel"),
+    "mamba.expand": ("Mamba", "channels over hidden size"),
+    "mamba.conv_width": ("Mamba", "convolution, tokens"),
+    "mamba.dt_rank": ("Mamba", "rank of the time steps"),
     "rope.theta": ("Positions", "rotary base θ"),
     "rope.layout": ("Positions", "rotary pairs"),
     "rope.yarn.factor": ("Positions", "YaRN factor"),
@@ -154,6 +161,9 @@ def _derived(config: ModelConfig) -> Iterator[tuple[str, Any]]:
         yield "mixer", "latent (MLA)"
     elif config.attention:
         yield "mixer", attention_kind(config.attention)
+    if config.mamba:
+        layers = sum(config.is_mamba_layer(layer) for layer in range(config.num_layers))
+        yield "mamba_layers", f"{layers} of {config.num_layers}"
     experts = sum(config.is_moe_layer(layer) for layer in range(config.num_layers))
     if experts:
         yield "moe_layers", f"{experts} of {config.num_layers}"
