@@ -44,7 +44,7 @@ def test_the_study_runs_in_small(tmp_path: Path) -> None:
         for task in study.tasks.all:
             assert (model["scores"][task]["items"], model["scores"][task]["chance"]) == (10, guesses[task])
     # The questions are those of the study, not those that come with the tasks.
-    samples = next((tmp_path / "models").glob("dense-64-seed0/evaluation/**/samples_phone_book*.jsonl"))
+    samples = next((tmp_path / "models").glob("dense-32-seed0/evaluation/**/samples_phone_book*.jsonl"))
     book = (tmp_path / "generated" / "phone_book" / "train.jsonl").read_text(encoding="utf-8")
     for line in samples.read_text(encoding="utf-8").splitlines():
         doc = json.loads(line)["doc"]
