@@ -17,6 +17,11 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Register what ``scripts/test`` selects by what the machine has."""
+    config.addinivalue_line("markers", "browser: needs Chromium or Chrome")
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """Root of the checkout."""

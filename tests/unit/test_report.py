@@ -110,7 +110,7 @@ def test_a_view_that_cannot_be_read_off_says_so(report: dict[str, Any]) -> None:
 class Page(HTMLParser):
     """Open tags, what is fetched from elsewhere, ids, and the text."""
 
-    VOID = frozenset({"meta", "br", "img", "link"})
+    VOID = frozenset({"meta", "br", "wbr", "img", "link"})
 
     def __init__(self, text: str) -> None:
         super().__init__()

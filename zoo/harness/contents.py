@@ -138,7 +138,7 @@ def _skills(report: Mapping[str, Any]) -> Table:
             cells += [_scored(score), _p_value(score["p_value"])]
         rows.append([*cells, f"{model['perplexity']:.3f}"])
     guesses = [percent(report["models"][0]["scores"][skill]["guess"]) for skill in SKILLS]
-    return Table("Scores", header, [*rows, ["guessing", guesses[0], "", guesses[1], "", ""]])
+    return Table("Knowledge and comprehension", header, [*rows, ["guessing", guesses[0], "", guesses[1], "", ""]])
 
 
 def _differences(report: Mapping[str, Any]) -> list[Table]:

@@ -133,7 +133,7 @@ def legend(figure: Figure, names: Sequence[str]) -> None:
 
 
 def readable_on(colour: Sequence[float]) -> str:
-    """Black or white, whichever stands out more from ``colour`` (RGB from 0 to 1): by WCAG always 4.5 : 1 or more."""
+    """Black or white, whichever stands out more from ``colour`` (RGB from 0 to 1): by WCAG 4.4 : 1 or more."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "#000000" if luminance > 0.179 else "#ffffff"
+    return "#0a0a0a" if luminance > 0.18 else "#ffffff"  # not #000000, which Matplotlib leaves to the page

@@ -44,12 +44,16 @@ def html(report: Mapping[str, Any], drawn: Sequence[Plot], config: str) -> str:
             *(_section(section, figures) for section, figures in parts),
             f'<section id="reading"><h2>How to read this</h2><p>{escape(reading(report))}</p></section>',
             '<section id="making"><h2>How it was made</h2><dl>',
-            *(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in provenance(report)),
+            *(f"<dt>{escape(name)}</dt><dd>{_value(name, value)}</dd>" for name, value in provenance(report)),
             f"</dl><details><summary>The study</summary><pre>{escape(config)}</pre></details></section>",
             "</main></body></html>",
             "",
         ]
     )
+
+
+def _value(name: str, value: str) -> str:
+    return f"<code>{escape(value)}</code>" if name == "command" else escape(value)
 
 
 def _style() -> str:
@@ -67,7 +71,7 @@ def _section(section: Section, figures: Sequence[Plot]) -> str:
             f'<section id="{section.name}"><h2>{escape(section.title)}</h2>',
             f"<p>{escape(section.note)}</p>" if section.note else "",
             f'<div class="figures">{drawn}</div>' if drawn else "",
-            *map(_table, section.tables),
+            *(['<div class="tables">', *map(_table, section.tables), "</div>"] if section.tables else []),
             "</section>",
         ]
     )
@@ -77,11 +81,16 @@ def _table(table: Table) -> str:
     """In a box of its own, which scrolls where the page is too narrow (by keyboard as well)."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
     body = "\n".join(
-        f'<tr><th scope="row">{escape(first)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in rest) + "</tr>"
+        f'<tr><th scope="row">{_breakable(first)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in rest) + "</tr>"
         for first, *rest in table.rows
     )
     title = escape(table.title)
     return (
-        f'<div class="wide" role="region" aria-label="{title}" tabindex="0"><table><caption>{title}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
+        f'<div><h3>{title}</h3><div class="wide" role="region" aria-label="{title}" tabindex="0"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div></div>"
     )
+
+
+def _breakable(name: str) -> str:
+    """A name that may go on in the next line after an underscore, as it may after a hyphen."""
+    return escape(name).replace("_", "_<wbr>")

@@ -217,7 +217,9 @@ def _heat_map(
             axes.text(column, row, text, ha="center", va="center", color=readable_on(colours[row, column]))
     panels[-1].set(xlabel="expert")
     panels[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    figure.colorbar(image, ax=list(panels), label="load ÷ mean load", location="bottom", aspect=30)
+    figure.colorbar(
+        image, ax=list(panels), label="load ÷ mean load", location="bottom", aspect=30, ticks=MaxNLocator(5)
+    )
 
 
 def _rows(labels: Sequence[str], extra: float) -> tuple[Figure, Axes, list[float]]:
