@@ -20,7 +20,7 @@ Shapes: D model, H heads, S sequence, V vocabulary, E experts, K top-k.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from zoo.config import AttentionConfig, MambaConfig, MLAConfig, ModelConfig, MoEConfig
@@ -143,24 +143,18 @@ def attention_flops(config: ModelConfig, sequence_length: int) -> float:
 
     The mean over layers, where some have a sliding window, or Mamba and its recurrence in place of attention.
     """
-    if config.mamba:
-        share = _num_mamba_layers(config) / config.num_layers
-        plain = attention_flops(replace(config, mamba=None), sequence_length)
-        return share * _recurrence_flops(config.hidden_size, config.mamba) + (1 - share) * plain
-    visible = _mean_visible(sequence_length, None)
+    layers = range(config.num_layers)
+    return sum(_mixing_flops(config, layer, sequence_length) for layer in layers) / config.num_layers
+
+
+def _mixing_flops(config: ModelConfig, layer: int, sequence_length: int) -> float:
+    if config.mamba and config.is_mamba_layer(layer):
+        return 2.0 * config.mamba.expand * config.hidden_size * (2 * config.mamba.state_size + config.mamba.conv_width)
     if config.mla:
-        heads = config.mla.num_heads
         sizes = config.mla.qk_nope_head_dim + config.mla.qk_rope_head_dim + config.mla.v_head_dim
-    else:
-        attention = _attention(config)
-        heads, sizes = attention.num_heads, 2 * attention.head_dim
-        layers = [_visible_in_layer(attention, layer, sequence_length) for layer in range(config.num_layers)]
-        visible = sum(layers) / len(layers)
-    return 2.0 * heads * sizes * visible
-
-
-def _recurrence_flops(hidden_size: int, m: MambaConfig) -> float:
-    return 2.0 * m.expand * hidden_size * (2 * m.state_size + m.conv_width)
+        return 2.0 * config.mla.num_heads * sizes * _mean_visible(sequence_length, None)
+    attention = _attention(config)
+    return 4.0 * attention.num_heads * attention.head_dim * _visible_in_layer(attention, layer, sequence_length)
 
 
 def _visible_in_layer(attention: AttentionConfig, layer: int, sequence_length: int) -> float:

@@ -36,7 +36,15 @@ def test_layout_equals_one_process(pools: Pools, model: str, layout: str) -> Non
     check(pools, Run(model), LAYOUTS[layout])
 
 
-@pytest.mark.parametrize(("model", "layout"), [("gpt-oss", "fsdp2_ep2"), ("llama4", "tp2_ep2")])
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("gpt-oss", "fsdp2_ep2"),
+        ("llama4", "tp2_ep2"),
+        ("jamba-tiny", "tp2_ep2"),
+        pytest.param("jamba-tiny", "fsdp2", marks=pytest.mark.slow),
+    ],
+)
 def test_other_experts_are_spread_like_these(pools: Pools, model: str, layout: str) -> None:
     check(pools, Run(model), LAYOUTS[layout])
 

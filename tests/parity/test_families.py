@@ -212,6 +212,7 @@ MISTAKES: list[tuple[str, str, dict[str, Any]]] = [
     ("llama4", "attention.interleaved_rope", {"full_attention_interval": 2}),
     ("llama4", "rope", {"layout": "split"}),
     ("olmoe", "moe", {"norm_topk_prob": True}),
+    ("jamba", "moe", {"norm_topk_prob": True}),
     ("deepseek-v2", "moe", {"group_score": "top2_sum"}),
     ("deepseek-v2", "moe", {"num_groups": 1, "top_k_groups": 1}),
     ("deepseek-v2", "moe", {"routed_scaling_factor": 1.0}),

@@ -512,6 +512,47 @@ _LLAMA4 = {
 }
 """``text_config`` of the published file."""
 
+_JAMBA = {
+    "architectures": ["JambaForCausalLM"],
+    "attention_dropout": 0.0,
+    "attn_layer_offset": 4,
+    "attn_layer_period": 8,
+    "bos_token_id": 1,
+    "calc_logits_for_entire_prompt": False,
+    "eos_token_id": 2,
+    "expert_layer_offset": 1,
+    "expert_layer_period": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "mamba_conv_bias": True,
+    "mamba_d_conv": 4,
+    "mamba_d_state": 16,
+    "mamba_dt_rank": 256,
+    "mamba_expand": 2,
+    "mamba_inner_layernorms": True,
+    "mamba_proj_bias": False,
+    "max_position_embeddings": 262144,
+    "model_type": "jamba",
+    "n_ctx": 262144,
+    "num_attention_heads": 32,
+    "num_experts": 16,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "output_router_logits": False,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-06,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_mamba_kernels": True,
+    "vocab_size": 65536,
+}
+
 PUBLISHED = {
     "llama-3.1-8b": _LLAMA,
     "mixtral-8x7b": _MIXTRAL,
@@ -521,6 +562,8 @@ PUBLISHED = {
     "gpt-oss-20b": _GPT_OSS,
     "dbrx": _DBRX,
     "llama-4-scout": _LLAMA4,
+    "jamba-v0.1": _JAMBA,
+    "jamba-1.5-mini": {**_JAMBA, "num_logits_to_keep": 1},
     "olmo-2-7b": _OLMO2,
     "gemma-2-27b": _GEMMA2,
     "olmoe-1b-7b": _OLMOE,
@@ -540,7 +583,7 @@ def test_published_config_is_the_one_of_the_zoo(name: str) -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_spelling_of_transformers_5_means_the_same(name: str) -> None:
     respelled = json.loads(AutoConfig.for_model(**PUBLISHED[name]).to_json_string())
-    assert "rope_parameters" in respelled
+    assert ("rope_parameters" in respelled) == (find_spec(name).model.rope is not None)
     assert "rope_scaling" not in respelled
     assert family_of(respelled).from_hf(respelled) == find_spec(name).model
 
@@ -555,9 +598,10 @@ def test_every_config_goes_to_its_family_and_back(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in model_names() if find_spec(n).family not in ("deepseek_moe", "grok1")])
 def test_every_tensor_has_its_name_and_shape_in_transformers(name: str) -> None:
-    """At full width; four layers are enough to have each kind."""
+    """At full width; four layers are enough to have each kind, or as many as there are up to an attention layer."""
     spec = find_spec(name)
-    config, family = dataclasses.replace(spec.model, num_layers=4), get_family(spec.family)
+    layers = spec.model.mamba.attention_offset + 1 if spec.model.mamba else 4
+    config, family = dataclasses.replace(spec.model, num_layers=layers), get_family(spec.family)
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**family.to_hf(config))).state_dict()
     if config.tie_word_embeddings:
@@ -590,6 +634,10 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("dbrx", {"rope_theta": 10000.0}),
     ("llama-4-scout", {"no_rope_layers": [1] * 48}),
     ("llama-4-scout", {"moe_layers": [3]}),
+    ("jamba-v0.1", {"expert_layer_offset": 0}),
+    ("jamba-v0.1", {"mamba_proj_bias": True}),
+    ("jamba-v0.1", {"mamba_inner_layernorms": False}),
+    ("jamba-v0.1", {"rope_theta": 10000.0}),
     ("llama-4-scout", {"attn_temperature_tuning": False}),
     ("olmoe-1b-7b", {"clip_qkv": 8.0}),
     ("deepseek-v2-lite", {"topk_method": "noaux_tc"}),

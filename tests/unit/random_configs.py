@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from zoo.config import AttentionConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from zoo.config import AttentionConfig, MambaConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 
 
 @st.composite
@@ -35,6 +35,19 @@ def mla_configs(draw: st.DrawFn) -> MLAConfig:
         qk_nope_head_dim=draw(st.integers(1, 8)),
         qk_rope_head_dim=2 * draw(st.integers(1, 4)),
         v_head_dim=draw(st.integers(1, 8)),
+    )
+
+
+@st.composite
+def mamba_configs(draw: st.DrawFn) -> MambaConfig:
+    interval = draw(st.integers(2, 4))
+    return MambaConfig(
+        attention_interval=interval,
+        attention_offset=draw(st.integers(0, interval - 1)),
+        state_size=draw(st.integers(1, 8)),
+        expand=draw(st.integers(1, 3)),
+        conv_width=draw(st.integers(1, 4)),
+        dt_rank=draw(st.integers(1, 8)),
     )
 
 
@@ -79,6 +92,7 @@ def model_configs(draw: st.DrawFn, *, sparse: bool | None = None, max_layers: in
         max_position_embeddings=64,
         norm_eps=1e-6,
         rope=RopeConfig(theta=10000.0),
+        mamba=draw(st.none() | mamba_configs()),
         moe=draw(moe_configs(num_layers)) if has_moe else None,
         norm=draw(st.sampled_from(["rms", "unit_offset_rms", "layer"])),
         embedding_multiplier=draw(st.none() | st.floats(0.5, 8)),

@@ -134,7 +134,8 @@ def test_counts_equal_those_of_the_model(config: ModelConfig) -> None:
 def test_cache_bytes_equal_those_of_the_cache(config: ModelConfig) -> None:
     with torch.device("meta"):
         cache = Decoder(config).new_cache(3, 5)
-    assert cache.bytes == summary(config, 5)["cache_bytes_per_token"]["fp32"] * 15
+    costs = summary(config, 5)
+    assert cache.bytes == costs["cache_bytes_per_token"]["fp32"] * 15 + costs["state_elements"] * 4 * 3
 
 
 @settings(max_examples=20, deadline=None)
@@ -147,7 +148,8 @@ def test_flops_equal_those_that_torch_counts(config: ModelConfig) -> None:
     # The fused kernel for CPU is unknown to the counter; the plain one is made of products that it knows.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(input_ids)
-    windows = [window_of(config, layer) or length for layer in range(config.num_layers)]
+    attending = [layer for layer in range(config.num_layers) if not config.is_mamba_layer(layer)]
+    windows = [window_of(config, layer) or length for layer in attending]
     masked = sum(length - min(i + 1, window) for window in windows for i in range(length))
     per_pair = 2 * sum(head_sizes(config))
     combine = (
@@ -155,7 +157,13 @@ def test_flops_equal_those_that_torch_counts(config: ModelConfig) -> None:
         if config.moe
         else 0
     )
-    expected = (forward_flops(config, length) + combine) * length + masked * per_pair
+    # The recurrence and the convolution are not written as products; reading the state is.
+    unseen = (
+        2 * config.mamba.expand * config.hidden_size * (config.mamba.state_size + config.mamba.conv_width)
+        if config.mamba
+        else 0
+    ) * (config.num_layers - len(attending))
+    expected = (forward_flops(config, length) + combine - unseen) * length + masked * per_pair
     assert counter.get_total_flops() == pytest.approx(expected)
 
 

@@ -52,7 +52,7 @@ def test_a_twin_differs_only_in_its_ffn_and_is_within_the_tolerance(
         assert measure(twin, by, length) == pytest.approx(target, rel=TOLERANCE)
 
 
-WITHOUT_DENSE_RELATIVES = {"olmoe", "gpt_oss", "dbrx", "llama4", "grok1"}
+WITHOUT_DENSE_RELATIVES = {"olmoe", "gpt_oss", "dbrx", "llama4", "grok1", "jamba"}
 """Families whose attention no published dense family has."""
 
 

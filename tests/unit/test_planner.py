@@ -436,9 +436,12 @@ def test_a_dense_model_has_layouts() -> None:
     assert {one.layout.plan for one in search(work("llama-3-8b")).fitting} == {"fsdp", "tp_ep_fsdp"}
 
 
+RECURRENT = [name for name in model_names() if find_spec(name).model.mamba]
+
+
 @settings(max_examples=12, deadline=None)
 @given(
-    st.sampled_from([name for name in model_names() if name not in ("deepseek-v3", "deepseek-v2")]),
+    st.sampled_from([name for name in model_names() if name not in ("deepseek-v3", "deepseek-v2", *RECURRENT)]),
     st.integers(0, 13),
     st.sampled_from([1, 3, 8]),
     st.sampled_from(list(GPUS.values())),
@@ -455,6 +458,12 @@ def test_no_figure_is_absurd(name: str, power: int, rows: int, gpu: Gpu) -> None
         assert one.memory["activations"] > 0 and one.total_memory <= USABLE_MEMORY * gpu.memory
         assert (one.hops > 0) == (one.layout.sizes.expert > 1)
         assert one.between_nodes == {} or gpus > gpu.gpus_per_node
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers_are_not_estimated(name: str) -> None:
+    with pytest.raises(ValueError, match="mamba: memory and time of recurrent layers are not estimated; choose a plan"):
+        work(name)
 
 
 def test_one_gpu() -> None:

@@ -33,6 +33,7 @@ MAMBA = {
 def _read(fields: Fields) -> ModelConfig:
     # How transformers 4 computed: kernels, and the logits that generation asks for.
     fields.skip(
+        "n_ctx",
         "use_mamba_kernels",
         "use_mambapy",
         "use_associative_scan",

@@ -2,8 +2,8 @@
 
 The norms are Jamba's (arXiv 2403.19887, section 2). What the paper calls B and C is ``b`` and ``c`` here.
 
-Shapes: B batch, S sequence, D model, I inner channels, N numbers of state a channel, R rank of dt, W convolution width,
-L tokens of a chunk.
+Shapes: B batch, S sequence, D model, I inner channels, N numbers of state a channel, W convolution width, L tokens of
+a chunk.
 """
 
 from __future__ import annotations
@@ -172,7 +172,8 @@ def _scan_chunk(
 ) -> tuple[Tensor, Tensor]:
     decay = torch.exp(dt.unsqueeze(-1) * a) * kept[..., None, None]
     states: Tensor = _Recurrence.apply(decay, (dt * u).unsqueeze(-1) * b.unsqueeze(2), state)
-    return (states @ c.unsqueeze(-1)).squeeze(-1), states[:, -1]
+    # A copy of the last state: a view of it in a cache would hold all others.
+    return (states @ c.unsqueeze(-1)).squeeze(-1), states[:, -1].clone()
 
 
 def _rescanned_chunk(*arguments: Tensor) -> tuple[Tensor, Tensor]:

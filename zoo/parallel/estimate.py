@@ -66,6 +66,11 @@ class Workload:
                 raise ValueError(f"{name} = {getattr(self, name)}: give a positive integer")
         if not 0 < self.efficiency <= 1:
             raise ValueError(f"efficiency = {self.efficiency}: give a share of the peak rate, above 0 and at most 1")
+        if self.config.mamba is not None:
+            raise ValueError(
+                "mamba: memory and time of recurrent layers are not estimated; choose a plan and its sizes by hand "
+                "(fsdp, ep_fsdp and tp_ep_fsdp take the model)"
+            )
         if self.sequence_length > self.config.max_position_embeddings:
             raise ValueError(
                 f"sequence_length = {self.sequence_length}: the model has positions up to "
