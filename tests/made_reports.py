@@ -109,8 +109,17 @@ def small_report() -> dict[str, Any]:
     return result | {"sweeps": [], "headline": sentences(result)}
 
 
-TASKS = {"knowledge": ["trivia"], "comprehension": ["boolq", "record_corrected", "shortest_path_of_a_graph", "wic"]}
-"""No model of ``large_report`` is above chance on the last one."""
+TASKS = {
+    "knowledge": ["trivia"],
+    "comprehension": ["boolq", "record_corrected", "shortest_path_of_a_graph", "wic"],
+    "apart": ["trained_trivia"],
+}
+"""No model of ``large_report`` is above chance on wic."""
+
+_SKILLS = ["knowledge", "comprehension"]
+_TASK_NAMES = [task for tasks in TASKS.values() for task in tasks]
+
+DENSE, MIXTRAL, DEEPSEEK = "dense-of-equal-active-parameters", "mixtral-style", "deepseek-style-with-shared-experts"
 
 
 def large_report() -> dict[str, Any]:
@@ -119,30 +128,38 @@ def large_report() -> dict[str, Any]:
     result = small_report()
     result |= {"seeds": [0, 1, 2], "tasks": TASKS, "not_ranked": ["wic"]}
     result["command"] = "zoo compare large.yaml --data-root ../mirrors/hub --out runs/" + "a-long-name-" * 6
-    experts = {"mixtral-style": 8, "deepseek-style-with-shared-experts": 64}
-    twins = ("dense-of-equal-active-parameters", "dense-total", "dense-time")
+    experts, twins = {MIXTRAL: 8, DEEPSEEK: 64}, (DENSE, "dense-total", "dense-time")
     result["models"] = [_large(name, experts.get(name, 0), draw) for name in (*experts, *twins)]
     first = result["comparisons"][0]
-    names = [*TASKS, *TASKS["knowledge"], *TASKS["comprehension"]]
     result["comparisons"] = []
-    for sparse, dense, by in (*((name, twins[0], "active") for name in experts), ("mixtral-style", twins[1], None)):
+    for sparse, dense, by in ((MIXTRAL, DENSE, "active"), (DEEPSEEK, DENSE, "active"), (MIXTRAL, "dense-total", None)):
         comparison = copy.deepcopy(first) | {"first": sparse, "second": dense, "matched_by": by, "at_chance": ["wic"]}
         for at_equal in comparison["views"].values():
             if at_equal["scores"]:
-                at_equal["scores"] = {name: _contrast(draw) for name in names}
-        comparison["mcnemar"] = {name: first["mcnemar"]["facts_boolq"] for name in names[2:]}
+                at_equal["scores"] = {name: _contrast(draw) for name in _SKILLS + _TASK_NAMES}
+        comparison["mcnemar"] = {name: first["mcnemar"]["facts_boolq"] for name in _TASK_NAMES}
         result["comparisons"].append(comparison)
+    experts_of = {1: DENSE, 8: MIXTRAL, 16: MIXTRAL, 32: MIXTRAL, 64: DEEPSEEK}
+    widths = dict(zip((64, 96, 128, 192, 256), ("dense-total", "dense-time", DENSE, DENSE, DENSE), strict=True))
+    result["sweeps"] = [
+        {
+            "name": name,
+            "dial": dial,
+            "points": [{"value": v, "model": m, "loss": estimate(2, 0.1)} for v, m in of.items()],
+        }
+        for name, dial, of in (("moe", "experts", experts_of), ("dense", "width", widths))
+    ]
     return result | {"headline": sentences(result)}
 
 
 def _large(name: str, experts: int, draw: random.Random) -> dict[str, Any]:
-    result = model(name, 0.3, 0.6, sparse=experts > 0)
+    result = model(name, 0.3, 0.6, sparse=experts > 0) | {"total_parameters": draw.randint(1_100_000, 8_000_000)}
     task = result["scores"]["facts_boolq"]
-    names = [*TASKS, *TASKS["knowledge"], *TASKS["comprehension"]]
+    names = _SKILLS + _TASK_NAMES
     result["scores"] = {n: task | estimate(draw.uniform(0.3, 0.9), 0.08) | {"at_chance": n == "wic"} for n in names}
     load = [[draw.random() for _ in range(experts)] for _ in range(6 if experts else 0)]
     load = [[value / sum(layer) for value in layer] for layer in load]
-    result |= {"expert_load": load, "task_load": {n: load for n in names[2:]} if experts else {}}
+    result |= {"expert_load": load, "task_load": {n: load for n in _TASK_NAMES} if experts else {}}
     steps, seeds = range(100, 2001, 100), (0, 1, 2)
     losses = {seed: [[s, 8 * s**-0.2 + draw.uniform(0, 0.1)] for s in steps] for seed in seeds}
     result["curves"] = [{"seed": seed, "train": losses[seed], "validation": losses[seed][::4]} for seed in seeds]

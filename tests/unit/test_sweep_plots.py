@@ -9,30 +9,15 @@ from typing import Any
 
 import pytest
 from json_schema import violations
-from made_reports import large_report
+from made_reports import DEEPSEEK, DENSE, MIXTRAL, large_report
 
 from zoo.harness.report import SCHEMA, write_report
 from zoo.harness.statistics import seed_interval
 
-DENSE, MIXTRAL, DEEPSEEK = (
-    "dense-of-equal-active-parameters",
-    "mixtral-style",
-    "deepseek-style-with-shared-experts",
-)
 
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def report() -> dict[str, Any]:
-    loss = {"value": 2.0, "low": 1.9, "high": 2.1}
-    series = {
-        "moe": ("experts", {1: DENSE, 8: MIXTRAL, 64: DEEPSEEK}),
-        "dense": ("width", {64: DENSE, 96: "dense-total"}),
-    }
-    sweeps = [
-        {"name": name, "dial": dial, "points": [{"value": v, "model": m, "loss": loss} for v, m in models.items()]}
-        for name, (dial, models) in series.items()
-    ]
-    return large_report() | {"sweeps": sweeps}
+    return large_report()
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -50,7 +35,8 @@ def test_every_sweep_is_drawn_and_its_numbers_are_those_of_the_models(report: di
     assert 'id="sweeps"' in page and "moe: over number of experts" in page
     scores = {model["name"]: model["scores"] for model in report["models"]}
     found = [row for row in rows(tmp_path / "figures" / "sweep-moe.csv") if row["of"] == "trivia"]
-    assert [(row["experts"], row["model"]) for row in found] == [("1", DENSE), ("8", MIXTRAL), ("64", DEEPSEEK)]
+    ends = [(row["experts"], row["model"]) for row in (*found[:2], found[-1])]
+    assert ends == [("1", DENSE), ("8", MIXTRAL), ("64", DEEPSEEK)]
     assert [float(row["value"]) for row in found] == [scores[row["model"]]["trivia"]["value"] for row in found]
     sizes = {model["name"]: model["total_parameters"] for model in report["models"]}
     for row in rows(tmp_path / "figures" / "score-against-parameters.csv"):

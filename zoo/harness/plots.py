@@ -45,7 +45,7 @@ def plots(report: Mapping[str, Any]) -> list[Plot]:
     """Every figure of a report."""
     models = report["models"]
     several = len(models[0]["checkpoints"]) > len(report["seeds"])
-    tasks = [task for members in report["tasks"].values() for task in members if len(members) > 1]
+    tasks = [t for part, members in report["tasks"].items() for t in members if len(members) > 1 or part not in SKILLS]
     with plt.rc_context(STYLE):
         result = [score_of(report, skill, "scores") for skill in SKILLS]
         if several:

@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from zoo.cli.text import short
 from zoo.harness.drawing import FAINT, WIDTH, Plot, finish, legend, looks
@@ -75,6 +75,7 @@ def _over_parameters(report: Mapping[str, Any]) -> Plot:
         panel.set_title(task, loc="left", fontsize="medium")
     panels[-1].set(ylabel="validation loss", xlabel="total parameters", xscale="log")
     panels[-1].xaxis.set_minor_locator(NullLocator())
+    panels[-1].xaxis.set_major_locator(MaxNLocator(4))  # powers of ten are too far apart
     panels[-1].xaxis.set_major_formatter(lambda value, _: short(value))
     legend(figure, names)
     note = f"{_note(report)} Dashed lines are dense models, dotted ones guessing."
