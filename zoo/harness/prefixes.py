@@ -8,9 +8,11 @@ from itertools import takewhile
 from operator import eq
 
 SHARING_PAYS = 0.8
-"""Share a beginning where at most this part of the tokens remains: a second forward and copies of the cache cost."""
-FORWARD_COSTS = 256
-"""Tokens, however few a forward has: more padding than that begins another one (docs/evaluation.md has the times)."""
+"""Share a beginning where at most this part of the tokens remains,"""
+SHARING_COSTS = 32
+"""after adding so many: copies of the cache and attention to it take as long as some tokens."""
+FORWARD_COSTS = 128
+"""Tokens, however few a forward has: more padding than that begins another one (times of tiny models on a CPU)."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class _Node:
         """Make one group of all where that pays."""
         shared = min(self.depth, self.first)
         together = self.tokens - (self.end - self.start - 1) * shared
-        if together <= SHARING_PAYS * self.work:
+        if together + SHARING_COSTS <= SHARING_PAYS * self.work:
             self.work, self.groups = together, [(self.start, self.end, shared)]
 
 
