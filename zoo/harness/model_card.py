@@ -101,7 +101,8 @@ def _commands(record: Mapping[str, Any]) -> str:
         where = " --data-root facts/hub"
     if record["limit"] is not None:
         where += f" --limit {record['limit']}"
-    return "\n".join(["```console", *lines, f"$ zoo eval {name} --tasks {tasks}{where}", "```"])
+    block = "\n".join(["```console", *lines, f"$ zoo eval {name} --tasks {tasks}{where}", "```"])
+    return f"{block}\n\nThe prompt is the first question of the evaluation, whether the answer is right or not."
 
 
 def _scores(record: Mapping[str, Any]) -> str:
