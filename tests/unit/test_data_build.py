@@ -123,6 +123,18 @@ def test_a_validation_source_of_its_own_is_not_trained_on(tmp_path: Path, tokeni
     assert [(s.name, s.split) for s in manifest.sources] == [("stories.txt", "train"), ("held_out.txt", "validation")]
 
 
+def test_of_a_source_only_the_first_documents_are_read_and_none_held_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write_sources(tmp_path)["txt"].location
+    some = Source(path, separator="\n\n", first=20, held_out=False)
+    others = [f"Another story, number {n}." for n in range(40)]
+    (tmp_path / "others.txt").write_text("\n\n".join(others), encoding="utf-8")
+    split = Source(str(tmp_path / "others.txt"), separator="\n\n")
+    build([some, split], tokenizer, tmp_path / "data", validation_fraction=0.5)
+    training, validation = documents(tmp_path / "data"), documents(tmp_path / "data", "validation")
+    assert training[:20] == STORIES[:20]
+    assert validation and sorted(training[20:] + validation) == sorted(others)
+
+
 def test_ids_are_stored_in_the_smallest_type_and_never_wrap() -> None:
     assert [token_dtype(v) for v in (1 << 16, (1 << 16) + 1)] == ["<u2", "<u4"]
     assert as_tokens([0, 65535], np.dtype("<u2"), 1 << 16, "x").tolist() == [0, 65535]

@@ -63,8 +63,14 @@ def test_models_are_trained_alike_but_for_the_balance_losses(repository: Path) -
         ({"step": 5}, "unknown key 'step'"),
         ({"training": {"steps": 5, "batch_sise": 2, "sequence_length": 8}}, "did you mean 'batch_size'"),
         ({"training": {"steps": 0, "batch_size": 2, "sequence_length": 8}}, "steps = 0"),
-        ({"data": {"facts": {}, "sources": ["a.txt"], "vocab_size": 300}}, "facts / generated / sources: give exactly one"),
+        (
+            {"data": {"facts": {}, "sources": ["a.txt"], "vocab_size": 300}},
+            "facts / generated / sources: give exactly one",
+        ),
         ({"data": {"facts": {}}}, "vocab_size / tokenizer: give exactly one"),
+        ({"data": {"facts": {}, "tasks": {"a_trained": {}}, "vocab_size": 300}}, "tasks: their train rows stand beside"),
+        ({"data": {"sources": ["a"], "documents": 0, "vocab_size": 300}}, "documents = 0: give a positive number"),
+        ({"data": {"sources": ["a"], "tasks": {"a": {"rows": 0}}, "vocab_size": 300}}, "rows = 0: give a positive"),
         ({"tasks": {"knowledge": [], "comprehension": ["boolq"]}}, "knowledge: name at least one task"),
         ({"seeds": [1, 1]}, r"seeds = \[1, 1\]"),
         ({"models": [{"name": "a"}]}, "model 'a': give exactly one of base, variant and twin"),
@@ -80,6 +86,16 @@ def test_mistakes_are_one_line_that_names_them(
     with pytest.raises(ValueError, match=message) as error:
         load_study(path)
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+def test_no_more_rows_are_evaluated_than_were_trained_on(quickstart: dict[str, Any], tmp_path: Path) -> None:
+    trained = {"sources": ["a"], "tasks": {"triviaqa_trained": {"rows": 10}}, "vocab_size": 300}
+    tasks = {"knowledge": ["triviaqa_trained"], "comprehension": ["superglue_cb"], "apart": ["triviaqa"]}
+    study = {**quickstart, "data": trained, "tasks": tasks}
+    for limit in ({}, {"limit": 11}):
+        with pytest.raises(ValueError, match="triviaqa_trained is trained on 10 rows; evaluate no more"):
+            load_study(saved({**study, **limit}, tmp_path))
+    assert load_study(saved({**study, "limit": 10}, tmp_path)).tasks.apart == ("triviaqa",)
 
 
 def test_a_twin_of_a_twin_and_an_unknown_base_are_refused(quickstart: dict[str, Any], tmp_path: Path) -> None:

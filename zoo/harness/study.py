@@ -48,6 +48,8 @@ class DataConfig:
             raise ValueError("facts / generated / sources: give exactly one of the three")
         if (self.vocab_size is None) == (self.tokenizer is None):
             raise ValueError("vocab_size / tokenizer: give exactly one of the two")
+        if self.documents is not None and self.documents < 1:
+            raise ValueError(f"documents = {self.documents}: give a positive number")
         if self.tasks and not self.sources:
             raise ValueError("tasks: their train rows stand beside sources, not beside made data; give sources")
 
