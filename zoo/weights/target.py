@@ -9,10 +9,9 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from zoo.files import sync
 from zoo.weights.source import INDEX_FILE, SINGLE_FILE
@@ -21,7 +20,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_SHARD_BYTES = 2 * 1024**3
-"""Default size of a shard, and with it of what is held in memory besides the tensor at hand."""
+"""Default size of a shard."""
+
+HEADER_BYTES = 128 * 1024
+"""Room for the header of a shard, a multiple of the largest element; tensors that find none go to the next shard."""
+HEADER_MARGIN, ENTRY_MARGIN = 64, 256
+"""Of it for what is not a tensor, and for a tensor beside its name."""
+
+SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -80,37 +86,79 @@ def write_tensors(
 ) -> None:
     """Write ``tensors`` as ``model.safetensors``, or as shards with an index where one file would be too large.
 
-    A shard holds at most ``max_shard_bytes``, or one larger tensor.
+    A shard holds at most ``max_shard_bytes``, or one larger tensor. Each tensor is on its way to the disk before the
+    next is asked for: no more than one is held.
     """
-    shard: dict[str, Tensor] = {}
-    size = total = 0
-    parts: list[list[str]] = []
-
-    def flush() -> None:
-        save_file(shard, directory / f"part-{len(parts)}", metadata={"format": "pt"})
-        parts.append(list(shard))
-        shard.clear()
-
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > max_shard_bytes:
-            flush()
-            size = 0
-        # A view into an op's result would keep the whole of it alive, and safetensors refuses shared storage.
-        is_view = tensor.untyped_storage().nbytes() != tensor.nbytes
-        shard[name] = tensor.clone() if is_view else tensor.contiguous()
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    if len(parts) == 1:
-        (directory / "part-0").rename(directory / SINGLE_FILE)
+    shards: list[_Shard] = []
+    try:
+        for name, tensor in tensors:
+            if not shards or not shards[-1].has_room(name, tensor, max_shard_bytes):
+                if shards:
+                    shards[-1].close()
+                shards.append(_Shard(directory / f"part-{len(shards)}"))
+            shards[-1].write(name, tensor)
+            del tensor  # or it would still be held while the next one is made
+    finally:
+        if shards:
+            shards[-1].close()
+    if len(shards) == 1:
+        shards[0].path.rename(directory / SINGLE_FILE)
         return
     weight_map: dict[str, str] = {}
-    for i, names in enumerate(parts):
-        file = f"model-{i + 1:05}-of-{len(parts):05}.safetensors"
-        (directory / f"part-{i}").rename(directory / file)
-        weight_map |= dict.fromkeys(names, file)
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        shard.path.rename(directory / file)
+        weight_map |= dict.fromkeys(shard.header, file)
+    total = sum(shard.size for shard in shards)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+class _Shard:
+    """One safetensors file that is written tensor by tensor.
+
+    Its header goes before the data and is known after them: room is left for it, and filled up with blanks, as the
+    format allows.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.header: dict[str, dict[str, Any]] = {}
+        self.size = 0
+        self._header_bytes = HEADER_MARGIN
+        self._file = path.open("wb")
+        self._file.seek(8 + HEADER_BYTES)
+
+    def has_room(self, name: str, tensor: Tensor, max_bytes: int) -> bool:
+        """Whether ``tensor`` fits, its name into the header and its elements to where they are aligned."""
+        fits = self.size + tensor.nbytes <= max_bytes and self.size % tensor.element_size() == 0
+        return fits and self._header_bytes + _entry_bytes(name) <= HEADER_BYTES
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        import torch
+
+        end = self.size + tensor.nbytes
+        kind = SAFETENSORS_DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        self.header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [self.size, end]}
+        self._header_bytes += _entry_bytes(name)
+        if tensor.numel():
+            self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self.size = end
+
+    def close(self) -> None:
+        """Write the header and close the file; once more does nothing."""
+        if self._file.closed:
+            return
+        with self._file:
+            header = json.dumps({"__metadata__": {"format": "pt"}, **self.header}).encode()
+            assert len(header) <= HEADER_BYTES
+            self._file.seek(0)
+            self._file.write(HEADER_BYTES.to_bytes(8, "little") + header.ljust(HEADER_BYTES))
+
+
+def _entry_bytes(name: str) -> int:
+    """At most so many of a header are for one tensor."""
+    return len(json.dumps(name)) + ENTRY_MARGIN
 
 
 def copy_tokenizer(source: Path, directory: Path, vocab_size: int) -> None:
