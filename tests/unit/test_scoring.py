@@ -31,8 +31,9 @@ MODELS = [
     "gpt-oss-tiny",
     "gemma2-tiny",
     "llama4-tiny",
+    "jamba-tiny",
 ]
-"""Dense, sparse, MLA with shared experts, windows, sinks, windows in every other layer, chunks."""
+"""Dense, sparse, MLA with shared experts, windows, sinks, windows in every other layer, chunks, a recurrent state."""
 
 
 def small(config: ModelConfig) -> ModelConfig:
