@@ -42,7 +42,7 @@ def test_the_study_runs_in_small(tmp_path: Path) -> None:
     guesses = guess_rates(study.data.generated, tmp_path / "generated")
     for model in report["models"]:
         for task in study.tasks.all:
-            assert (model["scores"][task]["items"], model["scores"][task]["chance"]) == (10, guesses[task])
+            assert (model["scores"][task]["items"], model["scores"][task]["guess"]) == (10, guesses[task])
     # The questions are those of the study, not those that come with the tasks.
     samples = next((tmp_path / "models").glob("dense-32-seed0/evaluation/**/samples_phone_book*.jsonl"))
     book = (tmp_path / "generated" / "phone_book" / "train.jsonl").read_text(encoding="utf-8")
