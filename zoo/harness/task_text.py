@@ -79,7 +79,8 @@ def solved_rows(task: Any, number: int | None) -> tuple[list[str], int]:
             "on; name a task that evaluates them, such as triviaqa_trained"
         )
     validation = {_prompt(task, row) for row in task.dataset["validation"]} if "validation" in task.dataset else set()
-    rows, left_out = [], 0
+    rows: list[str] = []
+    left_out = 0
     for row in task.eval_docs:
         if len(rows) == number:
             break
