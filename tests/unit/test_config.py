@@ -49,6 +49,16 @@ def test_round_trip_through_a_file(tmp_path: Path) -> None:
     assert from_dict(ModelSpec, to_dict(spec)) == spec
 
 
+HEADS = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
+MAMBA = {
+    "attention_interval": 8,
+    "attention_offset": 4,
+    "state_size": 4,
+    "expand": 2,
+    "conv_width": 4,
+    "dt_rank": 2,
+}
+
 REFUSED = [
     ("model.moe.num_expert", 4, r"spec: model: moe: unknown key 'num_expert'; did you mean 'num_experts'\?"),
     ("model.moe.top_k", 5, r"top_k = 5: it must be between 1 and num_experts = 4"),
@@ -61,6 +71,25 @@ REFUSED = [
     ("model.attention.num_kv_heads", 3, r"num_kv_heads = 3: it must divide num_heads = 2"),
     ("model.attention.head_dim", 7, r"head_dim = 7: rotary needs an even size"),
     ("model.rope.theta", 0, r"rope.theta = 0.0: give a positive number"),
+    (
+        "model.mamba",
+        MAMBA | {"attention_offset": 8},
+        r"offset = 8: it must lie between 0 and attention_interval - 1",
+    ),
+    ("model.mamba", MAMBA | {"state_size": 0}, r"mamba.state_size = 0: give 1 or more"),
+    (
+        "model.attention",
+        HEADS | {"logit_softcap": 30, "sinks": True},
+        r"logit_softcap \+ sinks: give at most one",
+    ),
+    ("model", {"rope": None, "attention": HEADS | {"sinks": True}}, r"rope = None: only plain attention goes without"),
+    (
+        "model",
+        {"logit_multiplier": 0.5, "logit_softcap": 30},
+        r"logit_multiplier \+ logit_softcap: give at most",
+    ),
+    ("model.logit_multiplier", 0, r"logit_multiplier = 0.0: give a positive factor, or null"),
+    ("model", {"ffn": "geglu", "moe": {"swiglu_limit": 7}}, r"ffn = geglu: experts with a swiglu_limit are swiglu"),
     ("model.rope.linear", {"factor": 0}, r"rope.linear.factor = 0.0: give how many times longer, at least 1"),
     (
         "model.rope.yarn",
