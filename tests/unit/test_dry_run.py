@@ -11,9 +11,10 @@ import pytest
 
 from zoo.accounting import training_flops
 from zoo.config import from_dict
-from zoo.harness.compare import Run, fit_config, with_leaf_tasks
+from zoo.harness.compare import Run, fit_config
 from zoo.harness.dry_run import dry_run
 from zoo.harness.study import Study, load_study, resolve_models
+from zoo.harness.tasks import with_leaf_tasks
 from zoo.training.data.sources import Source
 
 MODELS = [

@@ -52,10 +52,11 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from zoo.harness.compare import cores, run_study, with_leaf_tasks
+    from zoo.harness.compare import cores, run_study
     from zoo.harness.report import write_report
     from zoo.harness.study import load_study
     from zoo.harness.summary import summarise
+    from zoo.harness.tasks import with_leaf_tasks
     from zoo.registry import configs_dir
 
     path = Path(args.study)

@@ -20,7 +20,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -34,7 +34,7 @@ from zoo.harness import facts, task_text
 from zoo.harness.child import run_command
 from zoo.harness.entries import Model
 from zoo.harness.snapshots import Snapshots, seconds_file, snapshot_directory
-from zoo.harness.study import Study, TasksConfig, resolve_models
+from zoo.harness.study import Study, resolve_models
 from zoo.harness.suites.dataset import MIRROR, TRAINING_TEXT, VALIDATION_TEXT
 from zoo.harness.suites.generators import write_mixture
 from zoo.harness.time_twins import TimeTwins
@@ -97,6 +97,8 @@ def run_study(study: Study, out: Path, data_root: Path | None, notify: Notify, j
     Raises:
         ValueError: an unknown model or task, ``out`` holds another study, or a run fails.
     """
+    from zoo.harness.tasks import with_leaf_tasks
+
     out = out.absolute()
     # Mistakes in the study show before the first minute is spent on it.
     vocab_size = study.data.vocab_size or Tokenizer.load(str(study.data.tokenizer)).vocab_size
@@ -114,18 +116,6 @@ def run_study(study: Study, out: Path, data_root: Path | None, notify: Notify, j
             notify(f"{position}: evaluating {', '.join(study.tasks.all)}")
             _measure(study, run, step, data, _mirror(study, out) or data_root)
     return runs
-
-
-def with_leaf_tasks(study: Study) -> Study:
-    """``study`` with the tasks of its groups and suites in their place: those that have items.
-
-    Raises:
-        ValueError: an unknown task.
-    """
-    from zoo.harness.runner import leaf_tasks
-
-    leaves = {part: tuple(leaf_tasks(names)) if names else () for part, names in vars(study.tasks).items()}
-    return replace(study, tasks=TasksConfig(**leaves))
 
 
 def _claim(study: Study, out: Path) -> None:

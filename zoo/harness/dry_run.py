@@ -10,9 +10,9 @@ import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from zoo.accounting import count_parameters, training_flops
-from zoo.harness.compare import with_leaf_tasks
 from zoo.harness.entries import Model
 from zoo.harness.study import Cluster, Study, pairs, resolve_models
+from zoo.harness.tasks import data_set, with_leaf_tasks
 from zoo.model import Decoder
 from zoo.parallel.estimate import Estimate, Workload
 from zoo.parallel.hardware import find_gpu
@@ -131,8 +131,6 @@ def _source(location: str) -> dict[str, str]:
 
 def _tasks(names: list[str], data_root: Path | None) -> list[dict[str, str]]:
     """Where each task's items are read from."""
-    from zoo.harness.runner import data_set
-
     rows = []
     for name in names:
         path, config = data_set(name)

@@ -171,39 +171,6 @@ def load_tasks(tasks: Sequence[str], data_root: Path | None) -> dict[str, Any]:
     return loaded
 
 
-def leaf_tasks(tasks: Sequence[str]) -> list[str]:
-    """``tasks`` with the tasks of groups and tags in their place, each once; no data set is read.
-
-    Raises:
-        ValueError: an unknown task, or a group that defines tasks of its own.
-    """
-    index = task_manager(tasks, None, None).task_index
-
-    def leaves(name: str) -> Iterator[str]:
-        entry = index[name]
-        members: Sequence[Any] = sorted(entry.tags) if entry.kind == Kind.TAG else (entry.cfg or {}).get("task", [])
-        if entry.kind not in (Kind.GROUP, Kind.TAG):
-            yield name
-            return
-        for member in members:
-            if not isinstance(member, str):
-                raise ValueError(f"group {name!r}: it changes tasks or defines its own; name its tasks instead")
-            yield from leaves(member)
-
-    return list(dict.fromkeys(leaf for task in tasks for leaf in leaves(task)))
-
-
-def data_set(task: str) -> tuple[str, str | None]:
-    """Name and configuration of the data set that ``task`` reads, which is not read; of one that is made, "" and None.
-
-    Raises:
-        ValueError: an unknown task.
-    """
-    manager = task_manager([task], None, None)
-    config = manager._factory._load_full_config(manager.task_index[task])
-    return str(config.get("dataset_path", "")), config.get("dataset_name")
-
-
 def _knows(manager: TaskManager, tasks: Sequence[str]) -> bool:
     """Whether all of ``tasks``, and those that groups among them name, are in the index."""
     for task in tasks:
