@@ -99,6 +99,10 @@ def test_a_skill_at_chance_throughout_is_ranked_nowhere(report: dict[str, Any]) 
     text = markdown(report)
     assert "| +20.0 (+15.0 to +25.0) | at chance: not ranked | not determined |" in text
     assert "| facts_boolq: no model above chance, not ranked |" in text
+    report["comparisons"][0]["at_chance"] = ["facts_boolq", "facts_knowledge"]
+    assert sentences(report)[0].endswith(
+        "sparse against dense: not ranked, because neither is above chance on any task."
+    )
 
 
 def test_a_view_that_cannot_be_read_off_says_so(report: dict[str, Any]) -> None:

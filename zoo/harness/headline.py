@@ -87,6 +87,8 @@ def _contrast(report: Mapping[str, Any], comparison: Mapping[str, Any], axis: st
         return f"{subject}: not determined, because one of the two was better than that at its first checkpoint."
     drawn = "items and seeds" if len(report["seeds"]) > 1 else "items"
     ranked = [skill for skill in SKILLS if ranked_tasks(report, skill, comparison)]
+    if not ranked:
+        return f"{subject}: not ranked, because neither is above chance on any task."
     parts = [
         f"{skill} {_difference(view['scores'][skill], drawn)}"
         if skill in ranked
