@@ -378,7 +378,7 @@ class TestSource:
             load("mixtral-tiny")
 
     def test_unknown_name(self) -> None:
-        with pytest.raises(ValueError, match="mixtral-8x7'?: no such"):
+        with pytest.raises(ValueError, match=r"mixtral-8x7'?: no such"):
             load("mixtral-8x7")
         with pytest.raises(ValueError, match="did you mean 'mixtral-8x7b'"):
             find_spec("mixtral-8x7")

@@ -127,6 +127,7 @@ def test_names_of_no_module(checkout: Path, name: str) -> None:
     assert sorted(path.name for path in checkout.iterdir()) == ["config.json"]
 
 
+@pytest.mark.slow
 def test_what_is_written_is_clean_and_fails_for_the_right_reasons(checkout: Path, repository: Path) -> None:
     """In a copy of the package: the stub imports, is typed and formatted, and its test names what is not read yet."""
     shutil.copytree(repository / "zoo", checkout / "zoo", ignore=shutil.ignore_patterns("__pycache__"))

@@ -80,7 +80,7 @@ def propose(hf: Mapping[str, Any], families: Mapping[str, Family] = FAMILIES) ->
 def known_aliases(families: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     """Spellings of ``families`` for the same field of ours, from the configs of the zoo."""
     spelled: dict[str, dict[str, None]] = {}
-    for name, hf in _published(families):
+    for name, hf in _published(families).items():
         exact, _ = _origins(FAMILIES[name], hf, {}, FAMILIES[name].from_hf(hf))
         for path, key in exact.items():
             if "." not in key:
@@ -134,12 +134,11 @@ def _read(family: Family, hf: Mapping[str, Any], aliases: Aliases) -> tuple[Mode
     return config, notes
 
 
-def _published(families: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(family, config.json) of every config of the zoo."""
-    for name in model_names():
-        spec = find_spec(name)
-        if spec.family in families:
-            yield spec.family, FAMILIES[spec.family].to_hf(spec.model)
+@cache
+def _published(families: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Family → config.json of one of its models in the zoo."""
+    specs = {spec.family: spec for spec in map(find_spec, model_names()) if spec.family in families}
+    return {str(family): FAMILIES[str(family)].to_hf(spec.model) for family, spec in specs.items()}
 
 
 def _origins(
@@ -207,9 +206,9 @@ def _with(hf: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
 
 def _known_to(keys: Mapping[str, Any], families: Mapping[str, Family]) -> dict[str, list[str]]:
     known: dict[str, list[str]] = {key: [] for key in keys}
-    for name, hf in _published(tuple(families)):
+    for name, hf in _published(tuple(families)).items():
         _, notes = _read(FAMILIES[name], hf, {})
         for key in keys:
-            if key in notes.asked and name not in known[key]:
+            if key in notes.asked:
                 known[key].append(name)
     return known
