@@ -62,10 +62,11 @@ def score_of(report: Mapping[str, Any], name: str, section: str) -> Plot:
     """Every model's score on a skill or task with its interval; grey where it is not above chance."""
     models = report["models"]
     scores = [model["scores"][name] for model in models]
+    unranked = set(report["tasks"].get(name, [name])) <= set(report["not_ranked"])
     labels = [wrapped(model["name"]) for model in models]
     figure, axes, heights = _rows(labels, extra=0.75)
     for height, model, score, look in zip(heights, models, scores, _looks(models), strict=True):
-        colour = FAINT if score.get("at_chance") else look["color"]
+        colour = FAINT if score.get("at_chance") or unranked else look["color"]
         _bar(axes, score, height, color=colour, marker="o" if model["sparse"] else "s")
     guess = scores[0]["guess"]
     axes.axvline(100 * guess, linestyle=":", color=FAINT)
@@ -76,7 +77,7 @@ def score_of(report: Mapping[str, Any], name: str, section: str) -> Plot:
         for model, score in zip(models, scores, strict=True)
     ]
     note = f"Bars are 95% intervals, the dotted line is guessing ({100 * guess:.1f}%)."
-    if name in report["not_ranked"]:
+    if unranked:
         note += " No model is above chance here: not ranked."
     elif any(score.get("at_chance") for score in scores):
         note += " Grey: not above chance."
@@ -87,7 +88,7 @@ def forest(comparison: Mapping[str, Any], tasks: Mapping[str, Sequence[str]]) ->
     """First minus second model of each skill and task with its interval; grey where neither model is above chance."""
     names = [name for part, members in tasks.items() for name in ((part, *members) if part in SKILLS else members)]
     differences = [comparison["views"]["tokens"]["scores"][name]["difference"] for name in names]
-    at_chance = [name in comparison["at_chance"] for name in names]
+    at_chance = [set(tasks.get(name, [name])) <= set(comparison["at_chance"]) for name in names]
     labels = [wrapped(f"{name} (at chance)" if grey else name) for name, grey in zip(names, at_chance, strict=True)]
     figure, axes, heights = _rows(labels, extra=0.75)
     axes.axvline(0, color=FAINT, linewidth=0.8)
