@@ -129,6 +129,30 @@ def test_scores_do_not_depend_on_the_batch_size(lm: ZooLM, shared_data: Path) ->
     assert_equal_samples(run(many, shared_data / "hub", 5), run(alone, shared_data / "hub", 5), 5)
 
 
+def test_the_same_seed_writes_the_same_files_apart_from_times(lm: ZooLM, shared_data: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        evaluate(
+            lm.model,
+            lm.tokenizer,
+            ["copa"],
+            data_root=shared_data / "hub",
+            limit=5,
+            num_fewshot=1,
+            seed=3,
+            output=tmp_path / name,
+        )
+    first, second = (next((tmp_path / name).glob("results_*.json")) for name in ("first", "second"))
+    # The hash is that of the checkout, which someone may commit to meanwhile.
+    times = {"date", "start_time", "end_time", "total_evaluation_time_seconds", "git_hash"}
+    mine, other = (
+        {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key not in times}
+        for path in (first, second)
+    )
+    assert mine == other
+    samples = [path.read_bytes() for path in sorted(tmp_path.rglob("samples_copa_*.jsonl"))]
+    assert len(samples) == 2 and samples[0] == samples[1]
+
+
 # The model's own methods ---------------------------------------------------------------------------------------
 
 

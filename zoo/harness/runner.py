@@ -89,6 +89,8 @@ def evaluate(
             batch_size=batch_size,
             **seeds,
         )
+    for config in results["configs"].values():
+        (config.get("dataset_kwargs") or {}).pop("cache_dir", None)  # a temporary directory, another one in each run
     results["config"] |= {"model": "zoo", "model_args": {"pretrained": name}, "truncated_requests": lm.num_truncated}
     if output is not None:
         write_results(results, output)
