@@ -61,7 +61,7 @@ def evaluate(
             then read from there and nothing from the network. ``None`` reads the hub.
         limit: only the first documents of each task.
         include_path: folder with further task YAMLs, which go before others of the same name.
-        batch_size: requests in one forward.
+        batch_size: see ``ZooLM``.
         num_fewshot: solved examples before each question; by default what each task says.
         output: directory for the results; see ``write_results``.
         seed: of the choice of examples and of sampling; by default lm-eval's own seeds.
