@@ -370,6 +370,8 @@ def to_dict(config: Any) -> dict[str, Any]:
             value = to_dict(value)
         elif isinstance(value, tuple):
             value = [to_dict(v) if dataclasses.is_dataclass(v) else v for v in value]
+        elif isinstance(value, dict):
+            value = {key: to_dict(v) if dataclasses.is_dataclass(v) else v for key, v in value.items()}
         result[f.name] = value
     return result
 
