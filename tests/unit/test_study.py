@@ -68,7 +68,10 @@ def test_models_are_trained_alike_but_for_the_balance_losses(repository: Path) -
             "facts / generated / sources: give exactly one",
         ),
         ({"data": {"facts": {}}}, "vocab_size / tokenizer: give exactly one"),
-        ({"data": {"facts": {}, "tasks": {"a_trained": {}}, "vocab_size": 300}}, "tasks: their train rows stand beside"),
+        (
+            {"data": {"facts": {}, "tasks": {"a_trained": {}}, "vocab_size": 300}},
+            "tasks: their train rows stand beside",
+        ),
         ({"data": {"sources": ["a"], "documents": 0, "vocab_size": 300}}, "documents = 0: give a positive number"),
         ({"data": {"sources": ["a"], "tasks": {"a": {"rows": 0}}, "vocab_size": 300}}, "rows = 0: give a positive"),
         ({"tasks": {"knowledge": [], "comprehension": ["boolq"]}}, "knowledge: name at least one task"),

@@ -11,8 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-
 OLD = 2**31
+"""Age of a token whose document began before the new ones."""
 
 
 @dataclass(frozen=True, eq=False)
