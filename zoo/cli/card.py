@@ -112,10 +112,12 @@ def _costs(card: dict[str, Any]) -> list[tuple[str, str]]:
 
     flops, cache, weights = card["flops_per_token"], card["cache_bytes_per_token"], card["weight_bytes"]
     at = f"at {flops['sequence_length']:,} tokens"
+    state = card["state_elements"]
     return [
         (f"forward FLOPs per token {at}", short(flops["forward"])),
         (f"training FLOPs per token {at}", short(flops["training"])),
         ("KV cache per token, fp32 / bf16", f"{binary(cache['fp32'])} / {binary(cache['bf16'])}"),
+        *([("recurrent state per sequence", f"{state:,} numbers")] if state else []),
         ("weights, fp32 / bf16", f"{binary(weights['fp32'])} / {binary(weights['bf16'])}"),
     ]
 
