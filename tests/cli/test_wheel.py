@@ -72,6 +72,17 @@ def test_the_installed_command_answers_from_another_directory(installed: Path, t
     assert "zoo fit --config" in run(installed, tmp_path, "zoo", "fit", "--help")
 
 
+def test_the_installed_command_finds_checkpoints_where_they_are(
+    installed: Path, tmp_path: Path, repository: Path
+) -> None:
+    """The wheel has none: they are found from inside the checkout, and elsewhere the error says so."""
+    command = ["generate", "facts-mixtral", "--prompt", "The capital of France is", "--max-new-tokens", "4"]
+    elsewhere = subprocess.run([str(installed / "zoo"), *command], cwd=tmp_path, capture_output=True, text=True)
+    assert elsewhere.returncode == 2
+    assert "the zoo's own checkpoints are in checkpoints/ of its source: run zoo there" in elsewhere.stderr
+    assert run(installed, repository, "zoo", *command).strip()
+
+
 def test_a_model_of_the_installed_package_runs(installed: Path, tmp_path: Path) -> None:
     code = (
         "import torch, zoo; from zoo.registry import find_spec\n"
