@@ -239,7 +239,7 @@ def test_what_is_too_large_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(release, "MAX_BYTES", 50_000)
     assert main(["release", str(study), "dense", "--seed", "3", "--to", str(tmp_path / "large")]) == 2
-    assert "large: 0.1 MB; a checkpoint of the zoo has at most" in capsys.readouterr().err
+    assert "large: 0.2 MB; a checkpoint of the zoo has at most" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -19,7 +19,10 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import IO
 
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.01, 0.2
+"""Between looks at a command, at first and at most: the pause doubles."""
+
+_STANDARD_ERROR = 2
 
 
 @dataclass(frozen=True)
@@ -38,26 +41,30 @@ def run_command(arguments: Sequence[str], threads: int, stop: Event, name: str |
     Args:
         threads: of its computations.
         stop: once set, the command is ended.
-        name: printed before each line of its standard error, which by default is this process's own.
+        name: printed before each line of its output, all of which goes to this process's standard error.
 
     Returns:
         ``None`` where it was stopped.
     """
     began, peak = time.monotonic(), 0
+    pause, longest = _POLL_SECONDS
     process = subprocess.Popen(
         [sys.executable, "-m", "zoo.harness.child", *arguments],
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         stdin=subprocess.PIPE,  # the pipe that tells of this process's end
-        stderr=subprocess.PIPE if name else None,
+        # Standard output is the study's own, which may be one JSON document.
+        stdout=subprocess.PIPE if name else _STANDARD_ERROR,
+        stderr=subprocess.STDOUT,
         text=True,
         process_group=0,
     )
-    if process.stderr is not None:
-        Thread(target=_forward, args=(process.stderr, name), daemon=True).start()
+    if process.stdout is not None:
+        Thread(target=_forward, args=(process.stdout, name), daemon=True).start()
     try:
         while process.poll() is None and not stop.is_set():
             peak = max(peak, _peak_memory(process.pid))
-            time.sleep(_POLL_SECONDS)
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
     finally:
         process.terminate()
         code = process.wait()

@@ -201,7 +201,7 @@ class ZooLM(TemplateLM):
         )
         lengths = [len(continuation) for _, _, continuation in wanted]
         return [
-            (float(p.sum()), bool(g.all()))
+            (float(p.sum(dtype=torch.float64)), bool(g.all()))
             for p, g in zip(log_probs.split(lengths), greedy.split(lengths), strict=True)
         ]
 

@@ -231,7 +231,9 @@ def open_published(directory: Path) -> Iterator[tuple[ModelSpec, Stream]]:
     hf = read_json(directory / "config.json")
     with (Mxfp4Source if quantization(hf) == "mxfp4" else TensorSource)(directory) as source:
         published = published_tensors(spec, hf, source.entries)
-        ops = published.ops
+        # In the order in which a model is saved, so that the same tensors make the same file.
+        order = {name: i for i, name in enumerate(parameter_shapes(spec.model))}
+        ops = sorted(published.ops, key=lambda op: order[op.targets[0]])
         left_out = check_tensors(source, published.shapes, ops, published.ignored)
         if published.tied_head:
             check_copy(source, PUBLISHED_HEAD, published.embedding)
