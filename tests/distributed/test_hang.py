@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -64,3 +66,21 @@ def test_a_stopped_rank_is_named(fit_config: Path, tmp_path: Path, repository: P
     assert code == 1
     assert f"rank 1 (process {ranks.pids[1]} on " in output
     assert "no sign of life for 15 s" in output
+
+
+EXIT = """
+import os, time
+import torch.distributed as dist
+from zoo.parallel import supervise
+
+supervise.BEAT_SECONDS = 0  # it is always in the store
+store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+supervise.Watch(0, 1, 600, supervise.end_process).start()
+time.sleep(0.2)
+"""
+
+
+def test_a_watch_that_beats_does_not_abort_a_process_at_its_exit(repository: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", EXIT], cwd=repository, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")

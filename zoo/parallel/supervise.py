@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -59,6 +60,14 @@ class Watch(threading.Thread):
         self._lost = threading.Event()
         self._message = ""
 
+    def start(self) -> None:
+        """Begin to beat. At exit it ends before the interpreter does.
+
+        Python unwinds threads that want to go on after it; one that is in the store then aborts the whole process.
+        """
+        super().start()
+        atexit.register(self.end)
+
     def run(self) -> None:
         """Beat and look until this rank ends."""
         beat, seen, changed = 0, b"", time.monotonic()
@@ -94,10 +103,11 @@ class Watch(threading.Thread):
         return f"rank {rank} ({self._get(f'host/{rank}').decode()})"
 
     def end(self) -> None:
-        """This rank is about to end, as it should."""
+        """This rank is about to end, as it should. Once more does nothing."""
         if not self._ended.is_set():
             self._ended.set()
             self._set(f"beat/{self._rank}", "ended")
+        self.join(PATIENCE_SECONDS + GRACE_SECONDS)
 
     def fail(self, error: BaseException) -> None:
         """This rank ends with ``error``; where the reason is another rank, that one is named and the process ended."""
