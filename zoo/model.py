@@ -205,9 +205,11 @@ def initialize(model: Decoder, seed: int) -> None:
     as the matrix it is, never as a slice of a stacked fan-in.
     """
     std = model.config.initializer_range
-    for name, parameter in model.named_parameters():
-        for index, values in initial_values(name, parameter.shape, seed, std, range(len(parameter))):
-            parameter[index].copy_(values)
+    # Lightning builds models where another device is the default.
+    with torch.device("cpu"):
+        for name, parameter in model.named_parameters():
+            for index, values in initial_values(name, parameter.shape, seed, std, range(len(parameter))):
+                parameter[index].copy_(values)
     for buffer in model.buffers():
         buffer.zero_()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from zoo.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from zoo.model import build
 from zoo.moe.clamped import clamped_grouped, clamped_loop, clamped_split, clamped_swiglu
-from zoo.moe.dispatch import LocalDispatcher
+from zoo.moe.dispatch import LocalDispatcher, weighted_sum
 from zoo.moe.experts import GEGLUExperts, experts_grouped, experts_loop, experts_split
 from zoo.moe.layer import MoE
 from zoo.moe.router import RouterOutput
@@ -139,6 +139,13 @@ def test_dispatch_then_combine_is_the_weighted_sum(tokens: int, top_k: int, seed
         torch.testing.assert_close(got, want)
 
 
+def test_the_weighted_sum_is_rounded_once_under_autocast() -> None:
+    weights, rows = torch.rand(5, 3), torch.randn(5, 3, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = weighted_sum(weights, rows)
+    assert torch.equal(out, (weights.unsqueeze(-1) * rows.float()).sum(1).bfloat16())
+
+
 def config(**moe: object) -> ModelConfig:
     given_moe = {
         "num_experts": 6,
@@ -211,6 +218,9 @@ def test_initialisation_depends_on_name_and_seed_only() -> None:
     assert torch.equal(narrow.lm_head.weight, wide.lm_head.weight)
     assert not torch.equal(build(config(), seed=1).lm_head.weight, wide.lm_head.weight)
     assert torch.equal(build(config(), dtype=torch.bfloat16).lm_head.weight, wide.lm_head.weight.bfloat16())
+    with torch.device("meta"):  # as Lightning makes the device that it trains on the default
+        elsewhere = build(config())
+    assert all(map(torch.equal, elsewhere.state_dict().values(), wide.state_dict().values()))
 
 
 def test_row_20_the_weight_multiplies_the_input_of_the_expert() -> None:

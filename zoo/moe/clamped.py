@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.moe.experts import Experts, grouped_applies
+from zoo.moe.experts import Experts, as_autocast, grouped_applies
 
 ALPHA = 1.702
 """x·sigmoid(1.702 x) is close to GELU (arXiv 1606.08415, section 2)."""
@@ -35,7 +35,7 @@ class ClampedExperts(Experts):
     def compute(self, rows: Tensor, counts: Tensor, *weights: Tensor) -> Tensor:
         """See ``Experts``."""
         gate_up, down, gate_up_bias, down_bias = weights
-        way = clamped_grouped if grouped_applies(rows) else clamped_split
+        way = clamped_grouped if grouped_applies(rows, down) else clamped_split
         return way(rows, counts, gate_up, down, gate_up_bias, down_bias, self.limit)
 
 
@@ -84,6 +84,7 @@ def clamped_grouped(
     rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor, down_bias: Tensor, limit: float
 ) -> Tensor:
     """As ``clamped_loop``; all experts in two grouped matrix products, without host traffic."""
+    rows, gate_up, down, gate_up_bias, down_bias = as_autocast(rows, gate_up, down, gate_up_bias, down_bias)
     ends = counts.cumsum(0).to(torch.int32)
     expert = torch.searchsorted(ends, torch.arange(len(rows), device=rows.device), right=True)
     both = F.grouped_mm(rows, gate_up.flatten(1, 2).mT, offs=ends) + gate_up_bias.flatten(1, 2)[expert]

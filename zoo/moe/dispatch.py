@@ -41,21 +41,32 @@ class LocalDispatcher:
 
     def dispatch(self, x: Tensor, routing: RouterOutput) -> tuple[Tensor, Tensor, _Sorted]:
         """See ``Dispatcher``."""
-        flat = routing.experts.flatten()
-        counts = torch.bincount(flat, minlength=routing.scores.shape[-1])
-        order = flat.argsort(stable=True)
+        experts, order = routing.experts.flatten().sort(stable=True)
+        counts = run_lengths(experts, routing.scores.shape[-1])
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
         rows: Tensor = _Gather.apply(x, order, place, routing.experts.shape[-1])
         return rows, counts, _Sorted(routing.weights, place)
 
     def combine(self, rows: Tensor, state: _Sorted) -> Tensor:
-        """See ``Dispatcher``. The weighted sum is taken in the router's fp32 and cast once."""
-        tokens, top_k = state.weights.shape
+        """See ``Dispatcher``."""
         chosen: Tensor = _Permute.apply(rows, state.place)
-        weights = state.weights.unsqueeze(1)
-        out = torch.bmm(weights, chosen.view(tokens, top_k, rows.shape[1]).to(weights.dtype))
-        return out.squeeze(1).to(rows.dtype)
+        return weighted_sum(state.weights, chosen.view(*state.weights.shape, rows.shape[1]))
+
+
+def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
+    """weights [T, K], rows [T, K, D] → [T, D], summed in the weights' fp32, also under autocast, and cast once."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return torch.bmm(weights.unsqueeze(1), rows.to(weights.dtype)).squeeze(1).to(rows.dtype)
+
+
+def run_lengths(experts: Tensor, num_experts: int) -> Tensor:
+    """experts [N] int64 in ascending order → [num_experts] int64, how often each of them is there.
+
+    Unlike ``torch.bincount`` it does not wait for a GPU to tell the largest.
+    """
+    numbers = torch.arange(num_experts, device=experts.device)
+    return torch.searchsorted(experts, numbers, right=True).diff(prepend=experts.new_zeros(1))
 
 
 class _Gather(torch.autograd.Function):

@@ -34,7 +34,7 @@ class Experts(nn.Module):
     def compute(self, rows: Tensor, counts: Tensor, *weights: Tensor) -> Tensor:
         """The same with ``weights`` in place of the parameters: those of some experts, perhaps."""
         gate_up, down = weights
-        way = experts_grouped if grouped_applies(rows) else experts_split
+        way = experts_grouped if grouped_applies(rows, down) else experts_split
         return way(rows, counts, gate_up, down, self.activation)
 
 
@@ -85,11 +85,28 @@ def experts_grouped(
     rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor, activation: Activation = F.silu
 ) -> Tensor:
     """Arguments and result as ``experts_loop``; all experts in two grouped matrix products, without host traffic."""
+    rows, gate_up, down = as_autocast(rows, gate_up, down)
     ends = counts.cumsum(0).to(torch.int32)
     gate, up = F.grouped_mm(rows, gate_up.flatten(1, 2).mT, offs=ends).chunk(2, dim=-1)
     return F.grouped_mm(activation(gate) * up, down.mT, offs=ends)
 
 
-def grouped_applies(rows: Tensor) -> bool:
-    """torch's CUDA kernel takes bf16; on the CPU neither is always the faster (docs/architecture.md has the times)."""
-    return rows.is_cuda and rows.dtype == torch.bfloat16
+def grouped_applies(rows: Tensor, down: Tensor) -> bool:
+    """Whether ``experts_grouped`` is the way for rows [N, D] and ``down`` [E, D, F].
+
+    torch's CUDA kernel takes bf16, and rows of memory of whole 16 bytes. On the CPU neither way is always the faster
+    (docs/architecture.md has the times).
+    """
+    if not rows.is_cuda:
+        return False
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else rows.dtype
+    return dtype == torch.bfloat16 and all(size % 8 == 0 for size in down.shape[1:])
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """``tensors`` in the dtype that autocast gives to products; grouped ones are not on its list."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor.to(dtype) for tensor in tensors)

@@ -15,8 +15,12 @@ from zoo.moe.router import RouterOutput
 
 def expert_counts(output: RouterOutput, token_mask: Tensor | None = None) -> Tensor:
     """[E] int64, assignments to each expert; tokens whose ``token_mask`` [B, S] is False are left out."""
-    experts = output.experts if token_mask is None else output.experts[token_mask.flatten()]
-    return torch.bincount(experts.flatten(), minlength=output.scores.shape[-1])
+    ones = torch.ones_like(output.experts)
+    if token_mask is not None:
+        ones = ones * token_mask.flatten().unsqueeze(-1)
+    # Unlike torch.bincount this does not wait for a GPU to tell the largest.
+    counts = output.experts.new_zeros(output.scores.shape[-1])
+    return counts.scatter_add_(0, output.experts.flatten(), ones.flatten())
 
 
 def expert_load(counts: Tensor) -> Tensor:

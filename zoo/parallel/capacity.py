@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from zoo.moe.dispatch import weighted_sum
 from zoo.moe.router import RouterOutput
 from zoo.parallel.collectives import Exchange, Traffic
 from zoo.parallel.expert_parallel import ExchangeDispatcher
@@ -95,8 +96,7 @@ class CapacityDispatcher(ExchangeDispatcher):
         returned = back.wait(back.start(by_rank))
         padded = torch.cat((returned, returned.new_zeros((1, returned.shape[1]))))
         chosen = padded.index_select(0, state.slot).view(*state.weights.shape, -1)
-        out = torch.bmm(state.weights.unsqueeze(1), chosen.to(state.weights.dtype)).squeeze(1)
-        return self.unshare(out.to(rows.dtype), state.tokens)
+        return self.unshare(weighted_sum(state.weights, chosen), state.tokens)
 
 
 def places(experts: Tensor, num_experts: int) -> Tensor:

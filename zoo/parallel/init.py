@@ -17,14 +17,15 @@ def initialize(model: Decoder, seed: int) -> None:
     it is kept, one expert at a time. The weights are bit-equal to ``zoo.model.initialize`` in any layout.
     """
     std = model.config.initializer_range
-    for name, parameter in model.named_parameters():
-        slices = local_slices(parameter)
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        experts = range(slices[0].start, slices[0].stop)
-        for index, values in initial_values(name, parameter.shape, seed, std, experts):
-            if isinstance(index, int):
-                local[index - experts.start].copy_(values[slices[1:]])
-            else:
-                local.copy_(values[slices])
+    with torch.device("cpu"):
+        for name, parameter in model.named_parameters():
+            slices = local_slices(parameter)
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            experts = range(slices[0].start, slices[0].stop)
+            for index, values in initial_values(name, parameter.shape, seed, std, experts):
+                if isinstance(index, int):
+                    local[index - experts.start].copy_(values[slices[1:]])
+                else:
+                    local.copy_(values[slices])
     for buffer in model.buffers():
         buffer.zero_()
