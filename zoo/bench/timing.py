@@ -1,0 +1,44 @@
+"""Times of several ways to do the same thing, taken side by side.
+
+Absolute times on a shared machine drift by a third within minutes: only ratios from the same round mean anything.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+
+def interleaved(
+    ways: Mapping[str, Callable[[], object]], rounds: int, *, warmups: int = 1, repeat: int = 1
+) -> dict[str, list[float]]:
+    """Seconds that each way takes in each of ``rounds``; every round begins with another way.
+
+    Args:
+        ways: Name → function. Each is called ``warmups`` times before anything is timed.
+        repeat: Calls that are timed together, for ways that take less than the clock can tell.
+    """
+    for way in ways.values():
+        for _ in range(warmups):
+            way()
+    names = list(ways)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            way = ways[name]
+            wait()
+            start = time.perf_counter()
+            for _ in range(repeat):
+                way()
+            wait()
+            times[name].append((time.perf_counter() - start) / repeat)
+    return times
+
+
+def wait() -> None:
+    """Let the GPU end what it was given, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
