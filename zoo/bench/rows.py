@@ -20,7 +20,7 @@ class Options:
     rounds: int = 7
     """Interleaved rounds, of which medians are taken."""
     threads: int = 1
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
     dtype: torch.dtype = torch.float32
     cases: tuple[str, ...] = ()
     """Parts of names: only cases with one of them are measured; all if empty."""
