@@ -63,8 +63,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(fit_config: Path, tmp_pat
 def test_sharded_training_over_nccl_equals_one_process(fit_config: Path, tmp_path: Path) -> None:
     """A world of one: every collective is NCCL's, and every result must be the same."""
     alone = run_of(fit_config, tmp_path / "alone", "--trainer.accelerator", "gpu")
-    plan = ("--trainer.strategy", "zoo.parallel.strategy.MoEParallelStrategy", "--trainer.strategy.plan", "ep_fsdp")
-    spread = run_of(fit_config, tmp_path / "spread", "--trainer.accelerator", "gpu", *plan)
+    spread = run_of(fit_config, tmp_path / "spread", "--trainer.accelerator", "gpu", "--trainer.strategy", "ep_fsdp")
     for ours, exact in zip(losses(spread), losses(alone), strict=True):
         assert ours == pytest.approx(exact, rel=1e-4)
 
@@ -100,6 +99,6 @@ def test_log_likelihoods_equal_the_cpus(tmp_path: Path) -> None:
 
 
 def test_a_study_runs_on_the_gpu(tmp_path: Path) -> None:
-    zoo("compare", "quickstart", "--smoke", "--out", str(tmp_path / "study"))
+    zoo("compare", "parrots", "--smoke", "--out", str(tmp_path / "study"))
     report = json.loads((tmp_path / "study" / "report.json").read_text(encoding="utf-8"))
     assert torch.cuda.get_device_name() in json.dumps(report)
