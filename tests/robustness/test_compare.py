@@ -155,6 +155,12 @@ def test_a_study_killed_three_times_ends_with_the_report_of_one_left_alone(
     assert {path: path.stat().st_mtime_ns for path in measured} == measured, "no finished evaluation is repeated"
     again, before = (json.loads((place / "report.json").read_text(encoding="utf-8")) for place in (out, finished))
     assert json.dumps(without_times(again)) == json.dumps(without_times(before))
+    figures = [
+        path.name for path in (finished / "figures").iterdir() if path.name.split(".")[0] != "score-against-seconds"
+    ]
+    assert len(figures) > 20
+    for name in figures:
+        assert (out / "figures" / name).read_bytes() == (finished / "figures" / name).read_bytes(), name
 
 
 @pytest.mark.slow
