@@ -1,0 +1,161 @@
+"""Greedy generation: a whole model's tokens beside ``transformers.generate`` and beside reading its weights.
+
+Shapes: B batch, S tokens of the prompt, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from zoo.accounting import cache_elements_per_token, count_parameters
+from zoo.bench.rows import LIMIT, OURS, Options, Row
+from zoo.bench.timing import interleaved
+from zoo.config import AttentionConfig, MLAConfig, ModelSpec, MoEConfig
+from zoo.generation import generate
+from zoo.model import Decoder, build
+from zoo.registry import find_spec
+from zoo.weights import export_checkpoint, load, save_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROMPT, NEW = 32, 128
+"""Tokens of a prompt and of its continuation."""
+BATCHES = (1, 8)
+EXPERTS = ("eager", "batched_mm", "grouped_mm")
+"""How transformers may compute experts."""
+TIE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+"""Logits that are as near to each other, over their standard deviation, may come out in either order."""
+
+
+def rows(options: Options) -> Iterator[Row]:
+    """Seconds for ``NEW`` tokens of every case that ``options`` asks for."""
+    for name, spec in _specs().items():
+        cases = {batch: f"{name}, batch {batch}" for batch in BATCHES}
+        wanted = {batch: case for batch, case in cases.items() if options.wants(case)}
+        if wanted:
+            with tempfile.TemporaryDirectory() as directory:
+                ours, theirs = _models(spec, Path(directory), options)
+            for batch, case in wanted.items():
+                yield _row(case, ours, theirs, batch, options)
+
+
+def _row(case: str, ours: Decoder, theirs: PreTrainedModel, batch: int, options: Options) -> Row:
+    ids = torch.randint(ours.config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(batch))
+    ids = ids.to(options.device)
+    ways: dict[str, Callable[[], Any]] = {OURS: partial(generate, ours, ids, max_new_tokens=NEW)}
+    for experts in EXPERTS:
+        ways[f"transformers {experts}"] = partial(_their_tokens, theirs, experts, ids)
+    expected = ways[OURS]()
+    equal = [_check(ours, ids, expected, way(), name, TIE[options.dtype]) for name, way in ways.items()]
+    if batch == 1:
+        ways[LIMIT] = _reading(ours)
+    seconds = interleaved(ways, options.rounds)
+    cache = ours.new_cache(batch, PROMPT + NEW)
+    notes = {
+        "parameters": count_parameters(ours.config).total,
+        "new_tokens": batch * NEW,
+        "identical_tokens": all(equal),
+        "cache_bytes": cache.bytes,
+        "cache_bytes_by_formula": cache_elements_per_token(ours.config)
+        * batch
+        * (PROMPT + NEW)
+        * ours.embed_tokens.weight.element_size(),
+    }
+    return Row("generate", case, seconds, notes=notes)
+
+
+def _models(spec: ModelSpec, directory: Path, options: Options) -> tuple[Decoder, PreTrainedModel]:
+    """The same weights here and in transformers, through a checkpoint of ours and its export."""
+    from transformers import AutoModelForCausalLM
+
+    save_model(build(spec.model), spec, directory / "zoo")
+    export_checkpoint(directory / "zoo", directory / "hf")
+    theirs = AutoModelForCausalLM.from_pretrained(directory / "hf", dtype=options.dtype).to(options.device).eval()
+    return load(directory / "zoo", dtype=options.dtype, device=options.device), theirs
+
+
+def _their_tokens(model: PreTrainedModel, experts: str, ids: Tensor) -> list[list[int]]:
+    model.set_experts_implementation(experts)
+    made = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    return made[:, PROMPT:].tolist()
+
+
+def _check(model: Decoder, ids: Tensor, ours: list[list[int]], theirs: list[list[int]], way: str, tie: float) -> bool:
+    """Whether the tokens are the same; raises where they part over more than rounding."""
+    for prompt, our_row, their_row in zip(ids, ours, theirs, strict=True):
+        step = next((i for i, pair in enumerate(zip(our_row, their_row, strict=True)) if len(set(pair)) > 1), None)
+        if step is not None:
+            with torch.inference_mode():
+                logits = model(torch.cat((prompt, prompt.new_tensor(our_row[:step])))[None]).logits[0, -1].float()
+            gap = (logits[our_row[step]] - logits[their_row[step]]).abs() / logits.std()
+            if gap > tie:
+                raise RuntimeError(
+                    f"{way}: token {step} is {their_row[step]} and ours {our_row[step]}, whose logits differ by "
+                    f"{gap:.1e} of their standard deviation"
+                )
+    return ours == theirs
+
+
+def _reading(model: Decoder) -> Callable[[], None]:
+    """A product with as many weights as one token needs, ``NEW`` times: the limit of decoding with one row.
+
+    The weights are taken from as much memory as the model has, in turn, so that no cache holds what the model's would
+    not.
+    """
+    width = model.config.hidden_size
+    parameters = count_parameters(model.config)
+    table = model.embed_tokens.weight.new_ones(parameters.total // width, width)
+    needed = parameters.active_without_embedding // width
+    x = table.new_ones(width)
+
+    @torch.inference_mode()
+    def read() -> None:
+        start = 0
+        for _ in range(NEW):
+            torch.mv(table[start : start + needed], x)
+            start = start + needed if start + 2 * needed <= len(table) else 0
+
+    return read
+
+
+def _specs() -> dict[str, ModelSpec]:
+    """The tiny models of the zoo, which the host can keep waiting, and two that are larger than most caches."""
+    tiny = {name: find_spec(name) for name in ("mixtral-tiny", "deepseek-v3-tiny", "qwen3-moe-tiny")}
+    mixtral, deepseek = tiny["mixtral-tiny"], tiny["deepseek-v3-tiny"]
+    assert mixtral.model.moe and deepseek.model.moe
+    large = replace(
+        mixtral.model,
+        vocab_size=8192,
+        hidden_size=512,
+        num_layers=8,
+        intermediate_size=1792,
+        attention=AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=64),
+        moe=replace(mixtral.model.moe, moe_intermediate_size=1792),
+    )
+    fine = replace(
+        deepseek.model,
+        vocab_size=8192,
+        hidden_size=256,
+        num_layers=6,
+        intermediate_size=1024,
+        mla=MLAConfig(
+            num_heads=8, kv_lora_rank=128, q_lora_rank=192, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32
+        ),
+        moe=replace(deepseek.model.moe, num_experts=32, moe_intermediate_size=160),
+    )
+    return {
+        **tiny,
+        "mixtral-190m": replace(mixtral, name="mixtral-190m", model=large),
+        "deepseek-v3-28m": replace(deepseek, name="deepseek-v3-28m", model=fine),
+    }
