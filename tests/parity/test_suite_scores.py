@@ -23,23 +23,28 @@ TASKS = {
     "comprehension": ["superglue_cb", "superglue_multirc", "superglue_record", "facts_rte", "shortest_path"],
 }
 TOLERANCE = 1e-4
+"""On log-likelihoods, in nats."""
 SUM_TOLERANCE = 5e-7
 """Of a log-likelihood: lm-eval's model sums in fp32, whose neighbours at -587 (ReCoRD) are 6e-5 apart."""
-"""On log-likelihoods, in nats."""
 
 
-@pytest.fixture(scope="module")
-def checkpoint(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained model with 512 positions: some passages are longer."""
+@pytest.fixture(scope="module", params=["dense", pytest.param("sparse", marks=pytest.mark.slow)])
+def checkpoint(
+    request: pytest.FixtureRequest, shared_data: Path, repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A trained model of either kind, each with fewer positions than some passages have tokens."""
+    if request.param == "sparse":
+        return repository / "checkpoints" / "facts-mixtral"
     out = tmp_path_factory.mktemp("stories") / "zoo"
     import_checkpoint(shared_data / "models" / "stories260K_hf", out)
     return out
 
 
 @pytest.fixture(scope="module")
-def exported(checkpoint: Path) -> Path:
-    export_checkpoint(checkpoint, checkpoint.parent / "hf")
-    return checkpoint.parent / "hf"
+def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "hf"
+    export_checkpoint(checkpoint, out)
+    return out
 
 
 def assert_equal_responses(mine: Any, other: Any, where: str) -> None:
@@ -62,7 +67,7 @@ def test_suites_score_as_lm_evals_hf_model_scores_the_export(
         return lm_eval.simple_evaluate(lm, tasks=TASKS[suite], task_manager=manager, limit=6, bootstrap_iters=0)
 
     ours = run(ZooLM(str(checkpoint), batch_size=4))
-    theirs = run(HFLM(pretrained=str(exported), device="cpu", batch_size=4))
+    theirs = run(HFLM(pretrained=str(exported), device="cpu", dtype="float32", batch_size=4))
     for task in TASKS[suite]:
         for mine, other in zip(ours["samples"][task], theirs["samples"][task], strict=True):
             where = f"{task} {mine['doc_id']}"
@@ -76,17 +81,20 @@ def test_three_commands_write_the_same_samples(
     checkpoint: Path, exported: Path, shared_data: Path, repository: Path, tmp_path: Path
 ) -> None:
     hub, tasks = shared_data / "hub", "triviaqa_full_answer,phone_book,superglue_multirc,shortest_path"
-    lm_eval_arguments = ["--include_path", str(evaluation_dir()), "--log_samples", "--device", "cpu"]
+    lm_eval_run = ["lm_eval", "run", "--include_path", str(evaluation_dir()), "--log_samples", "--device", "cpu"]
+    ours = ["--model", "zoo", "--model_args", f"pretrained={checkpoint}"]
+    # The sparse checkpoint is in bf16, in which lm-eval's model would compute by default.
+    theirs = ["--model", "hf", "--model_args", f"pretrained={exported},dtype=float32"]
+    register = repository / "zoo" / "harness" / "lm.yaml"
     commands = {
-        "zoo-eval": ["zoo.cli.main", "eval", str(checkpoint), "--data-root", str(hub), "--output"],
-        "zoo": ["zoo.harness", "run", "--model", "zoo", "--model_args", f"pretrained={checkpoint}", *lm_eval_arguments],
-        "hf": ["lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={exported}", *lm_eval_arguments],
+        "zoo-eval": ["zoo.cli.main", "eval", str(checkpoint), "--data-root", str(hub), "--tasks", tasks, "--output"],
+        "zoo": [*lm_eval_run, *ours, "--tasks", f"{register},{tasks}", "--output_path"],
+        "hf": [*lm_eval_run, *theirs, "--tasks", tasks, "--output_path"],
     }
     samples = {}
     for name, command in commands.items():
-        out = [] if name == "zoo-eval" else ["--output_path"]
         done = subprocess.run(
-            [sys.executable, "-m", *command, *out, str(tmp_path / name), "--tasks", tasks, "--limit", "5"],
+            [sys.executable, "-m", *command, str(tmp_path / name), "--limit", "5"],
             cwd=hub,  # where lm-eval finds its data sets
             env={**os.environ, "PYTHONPATH": str(repository), "HF_HOME": str(tmp_path / "cache")},
             capture_output=True,
