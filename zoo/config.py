@@ -220,6 +220,9 @@ class ModelConfig:
     logit_softcap: float | None = None
     """Output logits x become c·tanh(x / c)."""
     tie_word_embeddings: bool = False
+    mtp_depth: int = 0
+    """Modules after the last layer, each of which predicts one token further ahead (``zoo.model.MTPModule``). Where a
+    field says which layers have what, they are layers ``num_layers``, ``num_layers`` + 1, …"""
     initializer_range: float = 0.02
 
     def is_moe_layer(self, layer: int) -> bool:

@@ -13,6 +13,7 @@ def validate(c: ModelConfig) -> None:
     sizes = ("vocab_size", "hidden_size", "num_layers", "intermediate_size", "max_position_embeddings")
     for field in sizes:
         _require(getattr(c, field) >= 1, field, getattr(c, field), "give a positive integer")
+    _require(c.mtp_depth >= 0, "mtp_depth", c.mtp_depth, "give how many tokens beyond the next are predicted, or 0")
     _require(c.norm_eps > 0, "norm_eps", c.norm_eps, "give a positive number such as 1e-6")
     _require(
         (c.attention is None) != (c.mla is None),

@@ -45,7 +45,10 @@ class DecoderOutput:
     hidden: Tensor
     """[B, S, D], after the final norm."""
     router_outputs: tuple[RouterOutput, ...]
-    """One a MoE layer, in order, each over all B·S tokens."""
+    """One a MoE layer, in order, each over all B·S tokens; those of MTP modules, where they ran, last."""
+    mtp_logits: tuple[Tensor, ...] = ()
+    """Of MTP module k = 1, 2, …, where they ran: [B, S, V], at position i of token i + k + 1. The last k positions of a
+    row or document are meaningless."""
 
 
 class Block(nn.Module):
@@ -71,6 +74,31 @@ class Block(nn.Module):
         return x + self.ffn_post_norm(out), routing
 
 
+class MTPModule(Block):
+    """One module of multi-token prediction (DeepSeek-V3, arXiv 2412.19437, equations 21 to 23).
+
+    h'ᵢᵏ = Mₖ [RMSNorm(Emb(tᵢ₊ₖ)); RMSNorm(hᵢᵏ⁻¹)] goes through a block of the model's own kind; the shared output head
+    makes of hᵢᵏ the prediction of tᵢ₊ₖ₊₁. As in the published weights, h⁰ is the decoder's output after its final norm,
+    every module ends in a norm of its own, and the embedding is the first half of what Mₖ takes.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.enorm = _norm(config)
+        self.hnorm = _norm(config)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.norm = _norm(config)
+
+    def forward(
+        self, x: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor], cache: LayerCache | None
+    ) -> tuple[Tensor, RouterOutput | None]:
+        """x [B, S, 2·D], embeddings of the tokens k later beside hᵏ⁻¹ → (hᵏ [B, S, D], the routing if MoE)."""
+        embeddings, hidden = x.chunk(2, dim=-1)
+        x = self.eh_proj(torch.cat((self.enorm(embeddings), self.hnorm(hidden)), dim=-1))
+        x, routing = super().forward(x, layout, rotary, cache)
+        return self.norm(x), routing
+
+
 class Decoder(nn.Module):
     """A decoder-only language model. Parameters are uninitialised: use ``build`` or load weights."""
 
@@ -79,6 +107,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = _embedding(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.mtp = nn.ModuleList(MTPModule(config, config.num_layers + depth) for depth in range(config.mtp_depth))
         self.norm = _norm(config)
         self.lm_head = (
             None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -94,6 +123,7 @@ class Decoder(nn.Module):
         document_ids: Tensor | None = None,
         cache: Cache | None = None,
         logits_to_keep: int | None = 0,
+        mtp: bool = False,
     ) -> DecoderOutput:
         """Logits of the next token at every position.
 
@@ -104,11 +134,14 @@ class Decoder(nn.Module):
                 positions restart at each document.
             cache: from ``new_cache``; the new tokens are appended to it.
             logits_to_keep: compute logits of the last so many positions only; 0 is all, ``None`` none.
+            mtp: run the MTP modules as well, on all positions; not with a cache, which is of the layers only.
 
         Raises:
-            ValueError: shapes that do not fit, or a full cache.
+            ValueError: shapes that do not fit, a full cache, or ``mtp`` with a cache.
         """
         if cache is not None:
+            if mtp:
+                raise ValueError("mtp = True with a cache: the modules need the tokens that follow; leave one out")
             cache.check_room(input_ids)
         layout = sequence_layout(
             input_ids,
@@ -127,8 +160,23 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.advance(input_ids.shape[1], attention_mask)
         hidden = self.norm(x)
+        mtp_logits, mtp_routing = self._look_ahead(hidden, input_ids, layout, rotary) if mtp else ((), ())
         kept = hidden[:, :0] if logits_to_keep is None else hidden[:, -logits_to_keep:]
-        return DecoderOutput(self.logits(kept), hidden, tuple(router_outputs))
+        return DecoderOutput(self.logits(kept), hidden, (*router_outputs, *mtp_routing), mtp_logits)
+
+    def _look_ahead(
+        self, hidden: Tensor, input_ids: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[tuple[Tensor, ...], tuple[RouterOutput, ...]]:
+        """Logits and routing of the MTP modules, one after the other, from h⁰ = ``hidden`` [B, S, D]."""
+        logits, routings = [], []
+        for k, module in enumerate(self.mtp, start=1):
+            # Where no k-th token follows, another comes round: causality keeps what it does to its own position.
+            embeddings = self.embed_tokens(input_ids.roll(-k, dims=1))
+            hidden, routing = module(torch.cat((embeddings, hidden), dim=-1), layout, rotary, None)
+            logits.append(self.logits(hidden))
+            if routing is not None:
+                routings.append(routing)
+        return tuple(logits), tuple(routings)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] after the final norm → [..., V]."""

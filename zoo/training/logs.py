@@ -166,7 +166,8 @@ class ExpertLoad(Callback):
         counts = pl_module.step_expert_counts
         self._counts = counts if self._counts is None else self._counts.to(counts.device) + counts
         if trainer.global_step % self.every_n_steps == 0:
-            layers = [i for i in range(config.num_layers) if config.is_moe_layer(i)]
+            number = config.num_layers + (config.mtp_depth if pl_module.mtp_coef else 0)
+            layers = [i for i in range(number) if config.is_moe_layer(i)]
             loads = dict(zip(layers, expert_load(self._counts).cpu(), strict=True))
             self._counts = None
             for layer, load in loads.items():

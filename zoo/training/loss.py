@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.layers.sequence import positions_in_runs
 from zoo.model import DecoderOutput
 from zoo.moe.balance import load_balance_loss, z_loss
 from zoo.moe.stats import expert_counts
@@ -29,6 +30,8 @@ class StepSums:
 
     labels: Tensor
     nll: Tensor
+    mtp_nll: Tensor
+    """Mean over MTP modules of the sums of theirs; 0 where none ran."""
     load_balance: Tensor
     z: Tensor
     expert_counts: Tensor
@@ -48,6 +51,29 @@ def next_token_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return nll, (labels != IGNORED).sum().float()
 
 
+def mtp_nll(logits: Sequence[Tensor], labels: Tensor, document_ids: Tensor) -> Tensor:
+    """Mean over MTP modules k = 1, 2, … of their sums of −ln p (DeepSeek-V3, arXiv 2412.19437, equations 24 and 25).
+
+    The target at position i is token i + k + 1, where that is a label (at position i + k) and of the same document.
+
+    Args:
+        logits: of each module, [B, S, V].
+        labels: [B, S], the next token, -100 to ignore.
+        document_ids: [B, S]; neighbours of equal id are one document.
+
+    Returns:
+        Nats, fp32 scalar; without modules 0. Divided by the number of labels (the paper's T), it is their loss.
+    """
+    positions = positions_in_runs(document_ids)
+    total = labels.new_zeros((), dtype=torch.float32)
+    for k, of_module in enumerate(logits, start=1):
+        targets = torch.full_like(labels, IGNORED)
+        within = positions[:, k:] - positions[:, :-k] == k
+        targets[:, :-k] = labels[:, k:].where(within, IGNORED)
+        total = total + next_token_nll(of_module, targets)[0]
+    return total / max(len(logits), 1)
+
+
 def micro_batch_sums(
     output: DecoderOutput, batch: Mapping[str, Tensor], scope: Scope, parallel: MoEParallelStrategy | None
 ) -> StepSums:
@@ -60,10 +86,11 @@ def micro_batch_sums(
         parallel: What spreads the micro-batch over ranks, if it is spread: its terms are this rank's share then.
     """
     nll, count = next_token_nll(output.logits, batch["labels"])
+    ahead = mtp_nll(output.mtp_logits, batch["labels"], batch["document_ids"])
     routing = output.router_outputs
     if not routing:
         zero = nll.new_zeros(())
-        return StepSums(count, nll, zero, zero, count.new_zeros(0, 0))
+        return StepSums(count, nll, ahead, zero, zero, count.new_zeros(0, 0))
     tokens = batch["document_ids"] != PADDING_DOCUMENT
     counts = torch.stack([expert_counts(r, tokens) for r in routing])
     whole_counts: Sequence[Tensor] | None = None
@@ -77,6 +104,7 @@ def micro_batch_sums(
     return StepSums(
         labels=count,
         nll=nll,
+        mtp_nll=ahead,
         load_balance=per_balance * load_balance_loss(routing, tokens, scope, counts=whole_counts),
         z=per_token * z_loss(routing, tokens),
         expert_counts=counts,

@@ -59,6 +59,8 @@ class ZooModule(LightningModule):
         balance_scope: Whether its load fractions are taken over a micro-batch or over each sequence.
         z_loss_coef: Weight of the router z-loss (ST-MoE, arXiv 2202.08906: 0.001).
         bias_update_rate: Step of the selection bias of loss-free balancing (arXiv 2408.15664: 0.001); 0 leaves it.
+        mtp_coef: Weight of the multi-token prediction loss (DeepSeek-V3, arXiv 2412.19437: 0.3, later 0.1); 0 leaves
+            the model's MTP modules as they are.
         optimizer: AdamW's settings.
         schedule: Warm-up and decay of the learning rate.
         seed: Seed of the fresh weights.
@@ -66,7 +68,8 @@ class ZooModule(LightningModule):
             more ends the run.
 
     Raises:
-        ValueError: an unknown model, overrides that do not fit it, or balance settings of a model without experts.
+        ValueError: an unknown model, overrides that do not fit it, balance settings of a model without experts, or an
+            ``mtp_coef`` of one without MTP modules.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class ZooModule(LightningModule):
         balance_scope: Scope = "micro_batch",
         z_loss_coef: float = 0.0,
         bias_update_rate: float = 0.0,
+        mtp_coef: float = 0.0,
         optimizer: OptimizerConfig = ADAMW,
         schedule: ScheduleConfig = COSINE,
         seed: int = 0,
@@ -89,6 +93,7 @@ class ZooModule(LightningModule):
         self.balance_scope = balance_scope
         self.z_loss_coef = z_loss_coef
         self.bias_update_rate = bias_update_rate
+        self.mtp_coef = mtp_coef
         self.optimizer_config = optimizer
         self.schedule = schedule
         self.seed = seed
@@ -96,7 +101,7 @@ class ZooModule(LightningModule):
         self.skipped = SkippedSteps()
         if max_skipped_steps < 0:
             raise ValueError(f"model.max_skipped_steps = {max_skipped_steps}: give 0 or more")
-        self._check_balance(self.spec.model)
+        self._check_losses(self.spec.model)
         self.model: Decoder | None = None
         self.val_loss = MeanMetric().set_dtype(torch.float64)
         self.step_sums: StepSums | None = None
@@ -107,13 +112,18 @@ class ZooModule(LightningModule):
         self.step_expert_counts = torch.empty(0, 0, dtype=torch.int64)
         """[L, E], assignments to each expert in the last optimizer step."""
 
-    def _check_balance(self, config: ModelConfig) -> None:
-        for field in ("load_balance_coef", "z_loss_coef", "bias_update_rate"):
+    def _check_losses(self, config: ModelConfig) -> None:
+        for field in ("load_balance_coef", "z_loss_coef", "bias_update_rate", "mtp_coef"):
             value = getattr(self, field)
             if value < 0:
                 raise ValueError(f"model.{field} = {value}: give 0 or more")
-            if value and config.moe is None:
+            if value and field != "mtp_coef" and config.moe is None:
                 raise ValueError(f"model.{field} = {value}: {self.spec.name} has no experts to balance; set it to 0")
+        if self.mtp_coef and not config.mtp_depth:
+            raise ValueError(
+                f"model.mtp_coef = {self.mtp_coef}: {self.spec.name} has no MTP modules; set model.overrides.mtp_depth "
+                "to 1, or this to 0"
+            )
         if self.bias_update_rate and not (config.moe and config.moe.router_bias):
             raise ValueError(
                 f"model.bias_update_rate = {self.bias_update_rate}: {self.spec.name} has no selection bias; "
@@ -156,7 +166,8 @@ class ZooModule(LightningModule):
     def forward(self, batch: Mapping[str, Tensor]) -> DecoderOutput:
         """Logits and routing of a batch of packed documents (``TokenDataModule``)."""
         assert self.model is not None
-        output: DecoderOutput = self.model(batch["input_ids"], document_ids=batch["document_ids"])
+        mtp = self.training and self.mtp_coef > 0
+        output: DecoderOutput = self.model(batch["input_ids"], document_ids=batch["document_ids"], mtp=mtp)
         return output
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
@@ -166,7 +177,8 @@ class ZooModule(LightningModule):
             # Lightning's own flag: nothing public says which micro-batch is the last of a step.
             self.parallel.set_last_micro_batch(self.model, not self.trainer.fit_loop._should_accumulate())
         sums = micro_batch_sums(self(batch), batch, self.balance_scope, self.parallel)
-        loss = sums.nll + self.load_balance_coef * sums.load_balance + self.z_loss_coef * sums.z
+        loss = sums.nll + self.mtp_coef * sums.mtp_nll
+        loss = loss + self.load_balance_coef * sums.load_balance + self.z_loss_coef * sums.z
         detached = sums.map(Tensor.detach)
         self.step_sums = detached if self.step_sums is None else self.step_sums + detached
         return loss
@@ -218,8 +230,8 @@ class ZooModule(LightningModule):
             sums = self.step_sums = sums.map(parallel.sum_over_data)
         labels = sums.labels.clamp(min=1)
         load_balance, z = sums.load_balance / labels, sums.z / labels
-        lm_loss = sums.nll / labels
-        loss = lm_loss + self.load_balance_coef * load_balance + self.z_loss_coef * z
+        lm_loss, mtp_loss = sums.nll / labels, sums.mtp_nll / labels
+        loss = lm_loss + self.mtp_coef * mtp_loss + self.load_balance_coef * load_balance + self.z_loss_coef * z
         # Lightning divided each micro-batch's sum by their number.
         for parameter in self.parameters():
             if parameter.grad is not None:
@@ -240,6 +252,8 @@ class ZooModule(LightningModule):
             "train/lr": torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64),
             "train/skipped_steps": torch.tensor(self.skipped.total),
         }
+        if self.mtp_coef:
+            self.step_metrics["train/mtp_loss"] = mtp_loss
         if self.spec.model.moe:
             self.step_metrics |= {"train/load_balance_loss": load_balance, "train/z_loss": z}
 
@@ -298,7 +312,8 @@ class ZooModule(LightningModule):
         self.step_expert_counts = sums.expert_counts
         if self.bias_update_rate and not self.skipped.in_a_row:
             routers = [m for m in self.model.modules() if isinstance(m, Router)]
-            for router, counts in zip(routers, sums.expert_counts, strict=True):
+            # Those of MTP modules come last, and have no counts where the modules did not run.
+            for router, counts in zip(routers, sums.expert_counts, strict=not self.model.mtp):
                 assert router.bias is not None
                 update_selection_bias(router.bias, counts, self.bias_update_rate)
 
