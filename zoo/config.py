@@ -22,8 +22,14 @@ from yaml import YAMLError
 from zoo.config_checks import validate
 from zoo.files import write_text
 
+if typing.TYPE_CHECKING:
+    from zoo.encoder_decoder_config import EncoderDecoderSpec
+
 CONFIG_FILE = "zoo.yaml"
 """Name of the spec file inside a zoo checkpoint directory."""
+
+ENCODER_DECODER_KEY = "encoder_decoder"
+"""What stands in place of ``model`` in the file of an encoder-decoder (``zoo/encoder_decoder_config.py``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,10 +404,26 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def load_spec(path: str | Path) -> ModelSpec:
-    """Read one file of ``configs/models`` or the ``zoo.yaml`` of a checkpoint."""
-    return from_dict(ModelSpec, load_yaml(path), str(path))
+    """Read one file of ``configs/models`` or the ``zoo.yaml`` of a checkpoint.
+
+    Raises:
+        ValueError: the file is not valid, or describes an encoder-decoder.
+    """
+    data = load_yaml(path)
+    if ENCODER_DECODER_KEY in data:
+        raise not_a_decoder(path)
+    return from_dict(ModelSpec, data, str(path))
 
 
-def save_spec(spec: ModelSpec, path: str | Path) -> None:
-    """Write ``spec`` as YAML that ``load_spec`` reads back equal."""
+def not_a_decoder(name: str | Path) -> ValueError:
+    """The error that ``name`` is an encoder-decoder where only decoders can be used, with what is missing."""
+    return ValueError(
+        f"{name}: this is an encoder-decoder, and only decoders are trained, planned, matched and scored: there is no "
+        "data with corrupted spans to train it on, and no plan or harness adapter for two stacks; `zoo list`, `card`, "
+        "`import`, `export` and `verify` take it, and load_encoder_decoder of zoo.weights in Python"
+    )
+
+
+def save_spec(spec: ModelSpec | EncoderDecoderSpec, path: str | Path) -> None:
+    """Write ``spec`` as YAML that ``load_spec`` reads back equal, or ``load_any_spec``."""
     write_text(path, OmegaConf.to_yaml(OmegaConf.create(to_dict(spec))))

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from zoo.config import CONFIG_FILE, ModelSpec, load_spec
+from zoo.config import CONFIG_FILE, ModelSpec
+from zoo.encoder_decoder_config import AnySpec, decoder_spec, load_any_spec, make_spec
 from zoo.families import family_of
 
 RELEASE_FILE = "release.json"
@@ -30,8 +31,13 @@ def checkpoint_dirs() -> list[Path]:
 
 
 def model_names() -> list[str]:
-    """Names of all models of the zoo, sorted."""
+    """Names of the decoders of the zoo, sorted."""
     return sorted(path.stem for path in (configs_dir() / "models").glob("*.yaml"))
+
+
+def encoder_decoder_names() -> list[str]:
+    """Names of its encoder-decoders, sorted."""
+    return sorted(path.stem for path in (configs_dir() / "models" / "encoder_decoder").glob("*.yaml"))
 
 
 def checkpoints() -> dict[str, Path]:
@@ -49,33 +55,43 @@ def own_checkpoint(name: str | Path) -> Path | None:
 
 
 def find_spec(name_or_path: str | Path) -> ModelSpec:
-    """The model that ``name_or_path`` means.
+    """The decoder that ``name_or_path`` means.
 
     Args:
         name_or_path: a name of ``configs/models`` or of a checkpoint, a YAML file, a zoo checkpoint directory, or a
             directory with a published ``config.json``.
 
     Raises:
-        ValueError: it is none of these (naming the nearest name), or the file in it is not valid.
+        ValueError: it is none of these (naming the nearest name), the file in it is not valid, or it means an
+            encoder-decoder.
     """
+    return decoder_spec(find_any_spec(name_or_path))
+
+
+def find_any_spec(name_or_path: str | Path) -> AnySpec:
+    """The decoder or encoder-decoder that ``name_or_path`` means; argument and errors as ``find_spec``."""
     path = Path(name_or_path)
     if path.is_dir():
         return _spec_of_directory(path)
     if path.is_file():
         if path.suffix not in (".yaml", ".yml"):
             raise ValueError(f"{path}: not a model; give a YAML file, a checkpoint directory or a name of `zoo list`")
-        return load_spec(path)
+        return load_any_spec(path)
     if str(name_or_path) in model_names():
-        return load_spec(configs_dir() / "models" / f"{name_or_path}.yaml")
+        return load_any_spec(configs_dir() / "models" / f"{name_or_path}.yaml")
+    if str(name_or_path) in encoder_decoder_names():
+        return load_any_spec(configs_dir() / "models" / "encoder_decoder" / f"{name_or_path}.yaml")
     named = own_checkpoint(name_or_path)
     if named is None:
         raise unknown(name_or_path)
-    return load_spec(named / CONFIG_FILE)
+    return load_any_spec(named / CONFIG_FILE)
 
 
 def unknown(name: str | Path) -> ValueError:
     """The error that ``name`` is nothing that has a name, with the nearest one and where else to look."""
-    close = difflib.get_close_matches(str(name), [*model_names(), *checkpoints()], n=1, cutoff=0.4)
+    close = difflib.get_close_matches(
+        str(name), [*model_names(), *encoder_decoder_names(), *checkpoints()], n=1, cutoff=0.4
+    )
     hint = f"did you mean {close[0]!r}? " if close else ""
     elsewhere = ""
     if not (_package().parent / "checkpoints").is_dir():  # an installed wheel has none
@@ -85,12 +101,12 @@ def unknown(name: str | Path) -> ValueError:
     return ValueError(f"{str(name)!r}: no such model, file or directory; {hint}`zoo list` shows all names{elsewhere}")
 
 
-def published_spec(directory: Path) -> ModelSpec:
+def published_spec(directory: Path) -> AnySpec:
     """The model that the published ``config.json`` of ``directory`` describes, named after the directory."""
     where = str(directory / "config.json")
     hf = read_json(directory / "config.json")
     family = family_of(hf, where)
-    return ModelSpec(name=directory.resolve().name, family=family.name, model=family.from_hf(hf, where))
+    return make_spec(directory.resolve().name, family.name, family.from_hf(hf, where))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -110,9 +126,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _spec_of_directory(path: Path) -> ModelSpec:
+def _spec_of_directory(path: Path) -> AnySpec:
     if (path / CONFIG_FILE).is_file():
-        return load_spec(path / CONFIG_FILE)
+        return load_any_spec(path / CONFIG_FILE)
     if (path / "config.json").is_file():
         return published_spec(path)
     raise ValueError(f"{path}: neither {CONFIG_FILE} nor config.json is in it; give a checkpoint directory")

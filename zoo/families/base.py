@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from zoo.config import ModelConfig
+from zoo.encoder_decoder_config import EncoderDecoderConfig
 from zoo.families.fields import Fields
 from zoo.weights.ops import Op
 
@@ -22,9 +23,12 @@ ROTARY_BUFFERS: tuple[str, ...] = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.
 """Frequencies that old checkpoints stored; they follow from the config."""
 
 
+C = TypeVar("C", ModelConfig, EncoderDecoderConfig)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Family:
-    """One published architecture.
+class Architecture(Generic[C]):
+    """One published architecture, of models that a config of type ``C`` describes.
 
     ``read`` and ``write`` are the bare mappings of a module of ``zoo/families``; callers use ``from_hf`` and ``to_hf``,
     which check that nothing was lost.
@@ -35,15 +39,17 @@ class Family:
     """``model_type`` of its config.json."""
     architectures: tuple[str, ...]
     """Class names in its config.json; the first is written on export."""
-    read: Callable[[Fields], ModelConfig]
-    write: Callable[[ModelConfig], dict[str, Any]]
-    map_weights: Callable[[ModelConfig, Layout], list[Op]]
+    read: Callable[[Fields], C]
+    write: Callable[[C], dict[str, Any]]
+    map_weights: Callable[[C, Layout], list[Op]]
     quantizations: tuple[Quantization, ...] = ()
     """Ways in which its weights are published besides bf16, fp16 and fp32; they are undone while reading."""
     ignored: Callable[[Mapping[str, Any]], tuple[str, ...]] = field(default=lambda hf: ROTARY_BUFFERS)
     """config.json → regular expressions of tensors that are left out on purpose, and nothing else is."""
+    embedding_copies: tuple[str, ...] = ()
+    """Names under which some checkpoints store the input embedding again."""
 
-    def from_hf(self, hf: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+    def from_hf(self, hf: Mapping[str, Any], where: str = "config.json") -> C:
         """Architecture that a published config.json describes, in the spelling of transformers 4 or 5.
 
         Raises:
@@ -64,7 +70,7 @@ class Family:
         fields.finish()
         return config
 
-    def to_hf(self, config: ModelConfig) -> dict[str, Any]:
+    def to_hf(self, config: C) -> dict[str, Any]:
         """config.json of ``config``, readable by transformers 4 and 5.
 
         Raises:
@@ -79,9 +85,13 @@ class Family:
             raise ValueError(f"family {self.name} cannot express {_first_difference(config, back)}")
         return hf
 
-    def weight_map(self, config: ModelConfig, layout: Layout = "per_expert") -> list[Op]:
+    def weight_map(self, config: C, layout: Layout = "per_expert") -> list[Op]:
         """Operations that use every published tensor once and fill every parameter once."""
         return self.map_weights(config, layout)
+
+
+Family = Architecture[ModelConfig]
+EncoderDecoderFamily = Architecture[EncoderDecoderConfig]
 
 
 def quantization(hf: Mapping[str, Any], where: str = "config.json") -> str | None:

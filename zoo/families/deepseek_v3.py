@@ -1,25 +1,26 @@
-"""DeepSeek-V3 (arXiv 2412.19437): sigmoid scores, groups scored by their two best, loss-free balancing.
+"""DeepSeek-V3 (arXiv 2412.19437): sigmoid scores, groups scored by their two best, loss-free balancing, and modules of
+multi-token prediction.
 
-Without multi-token prediction: the layers that published files put after the last one are left out.
+Files number the modules on from the last layer, and hold the embedding and the output head again in each of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
 from typing import Any
 
 from zoo.config import ModelConfig
-from zoo.families.base import ROTARY_BUFFERS, Family
+from zoo.families.base import Family, Layout
 from zoo.families.deepseek_moe import read_experts, write_experts
 from zoo.families.fields import Fields
 from zoo.families.parts import read_decoder, read_mla, read_rope, write_decoder, write_mla
-from zoo.families.tensors import decoder_map
+from zoo.families.tensors import decoder_map, layer_map
+from zoo.weights.ops import Copies, Op, Rename
 
 
 def _read(fields: Fields) -> ModelConfig:
     fields.expect("scoring_func", "sigmoid")
     fields.expect("topk_method", "noaux_tc")
-    _mtp_layers(fields)
     interleaved = fields.take(bool, "rope_interleave", True)
     return read_decoder(
         fields,
@@ -35,6 +36,7 @@ def _read(fields: Fields) -> ModelConfig:
             group_score="top2_sum",
             router_bias=True,
         ),
+        mtp_depth=fields.take(int, "num_nextn_predict_layers", 0),
     )
 
 
@@ -46,7 +48,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         **attention,
         **write_experts(config),
         "rope_interleave": config.rope.layout == "interleaved",
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": config.mtp_depth,
     }
     moe = config.moe
     if moe is None:
@@ -62,16 +64,18 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _mtp_layers(fields: Fields) -> range:
-    """Numbers of the multi-token-prediction layers, which follow the decoder's own."""
-    first, count = fields.size("num_hidden_layers"), fields.take(int, "num_nextn_predict_layers", 0)
-    if not 0 <= count <= first:
-        raise ValueError(f"{fields.where}: num_nextn_predict_layers = {count}: give a number from 0 to {first}")
-    return range(first, first + count)
-
-
-def _ignored(hf: Mapping[str, Any]) -> tuple[str, ...]:
-    return (*ROTARY_BUFFERS, *(rf"model\.layers\.{layer}\..+" for layer in _mtp_layers(Fields(hf))))
+def _map(config: ModelConfig, layout: Layout) -> list[Op]:
+    head = "embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    ops, again = decoder_map(config, layout), defaultdict[str, list[str]](list)
+    for k in range(config.mtp_depth):
+        layer, ours = config.num_layers + k, f"mtp.{k}"
+        theirs = f"model.layers.{layer}"
+        again["embed_tokens.weight"].append(f"{theirs}.embed_tokens.weight")
+        again[head].append(f"{theirs}.shared_head.head.weight")
+        ops.extend(Rename(f"{theirs}.{part}.weight", f"{ours}.{part}.weight") for part in ("enorm", "hnorm", "eh_proj"))
+        ops.extend(layer_map(config, layer, layout, ours))
+        ops.append(Rename(f"{theirs}.shared_head.norm.weight", f"{ours}.norm.weight"))
+    return [Copies((*op.sources, *again[t]), t) if (t := op.targets[0]) in again else op for op in ops]
 
 
 FAMILY = Family(
@@ -80,6 +84,5 @@ FAMILY = Family(
     architectures=("DeepseekV3ForCausalLM",),
     read=_read,
     write=_write,
-    map_weights=decoder_map,
-    ignored=_ignored,
+    map_weights=_map,
 )

@@ -56,19 +56,31 @@ def decoder_map(
     if not config.tie_word_embeddings:
         ops.append(Rename("lm_head.weight", "lm_head.weight"))
     for i in range(config.num_layers):
-        theirs, ours = f"model.layers.{i}", f"layers.{i}"
-        for their_part, our_part in NORMS[config.norm_placement]:
-            ops.append(Rename(f"{theirs}.{their_part}.weight", f"{ours}.{our_part}.{NORM_PARAMETER[config.norm]}"))
-        for their_part, our_part in _mixer(config):
-            ops.append(Rename(f"{theirs}.self_attn.{their_part}", f"{ours}.mixer.{our_part}"))
-        if config.is_moe_layer(i) and moe_map is not None:
-            ops.extend(moe_map(config, f"{theirs}.{names.block}", f"{ours}.ffn"))
-        elif config.is_moe_layer(i):
-            block = names.block if layout == "per_expert" else "mlp"
-            ops.extend(_moe(config, layout, names, f"{theirs}.{block}", f"{ours}.ffn"))
-        else:
-            ops.extend(swiglu_map(f"{theirs}.{names.dense}", f"{ours}.ffn"))
+        ops.extend(layer_map(config, i, layout, f"layers.{i}", names, moe_map))
     return ops
+
+
+def layer_map(
+    config: ModelConfig,
+    layer: int,
+    layout: Layout,
+    ours: str,
+    names: MoENames = MoENames(),
+    moe_map: MoEMap | None = None,
+) -> Iterator[Op]:
+    """Operations of one block, published as layer number ``layer`` (from 0) and called ``ours`` in the decoder."""
+    theirs = f"model.layers.{layer}"
+    for their_part, our_part in NORMS[config.norm_placement]:
+        yield Rename(f"{theirs}.{their_part}.weight", f"{ours}.{our_part}.{NORM_PARAMETER[config.norm]}")
+    for their_part, our_part in _mixer(config):
+        yield Rename(f"{theirs}.self_attn.{their_part}", f"{ours}.mixer.{our_part}")
+    if config.is_moe_layer(layer) and moe_map is not None:
+        yield from moe_map(config, f"{theirs}.{names.block}", f"{ours}.ffn")
+    elif config.is_moe_layer(layer):
+        block = names.block if layout == "per_expert" else "mlp"
+        yield from _moe(config, layout, names, f"{theirs}.{block}", f"{ours}.ffn")
+    else:
+        yield from swiglu_map(f"{theirs}.{names.dense}", f"{ours}.ffn")
 
 
 def _mixer(config: ModelConfig) -> Iterator[tuple[str, str]]:

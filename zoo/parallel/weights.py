@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from zoo.config import CONFIG_FILE, ModelConfig, ModelSpec, load_spec
+from zoo.encoder_decoder_config import decoder_spec
 from zoo.families import exporting_family
 from zoo.model import Decoder
 from zoo.parallel.torch_private import gathered, local_slices
@@ -40,7 +41,7 @@ def load_weights(model: Decoder, source: str | Path) -> None:
             _fill(model, lambda name, region, shape: tensors.read_region(name, region))
     else:
         with open_published(directory) as (spec, stream):
-            _check_config(spec.model, model, source)
+            _check_config(decoder_spec(spec).model, model, source)
             _fill(model, stream.read_region)
 
 

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zoo.weights.convert import export_checkpoint, import_checkpoint
-    from zoo.weights.loading import load, save_model
+    from zoo.weights.loading import load, load_encoder_decoder, save_model
 
-__all__ = ["export_checkpoint", "import_checkpoint", "load", "save_model"]
+__all__ = ["export_checkpoint", "import_checkpoint", "load", "load_encoder_decoder", "save_model"]
 
 _LAZY = {
     "export_checkpoint": "zoo.weights.convert",
     "import_checkpoint": "zoo.weights.convert",
     "load": "zoo.weights.loading",
+    "load_encoder_decoder": "zoo.weights.loading",
     "save_model": "zoo.weights.loading",
 }
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.config import CONFIG_FILE, ModelConfig, ModelSpec, load_spec, save_spec
+from zoo.config import CONFIG_FILE, save_spec
+from zoo.encoder_decoder_config import AnyConfig, AnySpec, EncoderDecoderConfig, load_any_spec
 from zoo.families import exporting_family
 from zoo.families.base import quantization
 from zoo.registry import published_spec, read_json
@@ -25,6 +26,9 @@ from zoo.weights.target import MAX_SHARD_BYTES, copy_tokenizer, new_directory, w
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from zoo.encoder_decoder import EncoderDecoder
+    from zoo.model import Decoder
+
 PUBLISHED_HEAD = "lm_head.weight"
 """Stored by some checkpoints although it is tied to the embedding."""
 
@@ -35,7 +39,7 @@ Named = Iterator[tuple[str, "Tensor"]]
 class Conversion:
     """What a conversion did."""
 
-    spec: ModelSpec
+    spec: AnySpec
     directory: Path
     parameters: int
     """Elements written, buffers included."""
@@ -63,14 +67,20 @@ class Conversion:
         return "\n".join(lines)
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Name → shape of every tensor of the decoder's state, without allocating any."""
+def skeleton(config: AnyConfig) -> Decoder | EncoderDecoder:
+    """The model that ``config`` describes, without memory for its parameters (on the meta device)."""
     import torch
 
+    from zoo.encoder_decoder import EncoderDecoder
     from zoo.model import Decoder
 
     with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in Decoder(config).state_dict().items()}
+        return EncoderDecoder(config) if isinstance(config, EncoderDecoderConfig) else Decoder(config)
+
+
+def parameter_shapes(config: AnyConfig) -> dict[str, Shape]:
+    """Name → shape of every tensor of the model's state, without allocating any."""
+    return {name: tuple(tensor.shape) for name, tensor in skeleton(config).state_dict().items()}
 
 
 def import_checkpoint(
@@ -113,7 +123,7 @@ def export_checkpoint(
     directory = Path(source)
     if not (directory / CONFIG_FILE).is_file():
         raise ValueError(f"{directory}: no {CONFIG_FILE} in it; give a zoo checkpoint directory")
-    spec = load_spec(directory / CONFIG_FILE)
+    spec = load_any_spec(directory / CONFIG_FILE)
     ops = exporting_family(spec).weight_map(spec.model)
     with open_zoo(directory, spec.model) as tensors:
         converted = tracked(Stream(ops, tensors, to_zoo=False), "exporting", progress)
@@ -123,7 +133,7 @@ def export_checkpoint(
 
 
 def write_published(
-    tensors: Named, spec: ModelSpec, hf_dir: str | Path, dtype: str, tokenizer_dir: Path | None, *, max_shard_bytes: int
+    tensors: Named, spec: AnySpec, hf_dir: str | Path, dtype: str, tokenizer_dir: Path | None, *, max_shard_bytes: int
 ) -> None:
     """Write a directory in the layout that the family of ``spec`` is published in.
 
@@ -200,8 +210,8 @@ class PublishedTensors:
     """Name → shape of every tensor that must be there."""
     ignored: tuple[str, ...]
     """Regular expressions of those that may be there besides."""
-    tied_head: bool
-    """Whether an output head is stored although it is tied to the embedding."""
+    copies: tuple[str, ...]
+    """Names under which the embedding is stored again: an output head tied to it, for example."""
 
     @property
     def embedding(self) -> str:
@@ -210,22 +220,23 @@ class PublishedTensors:
         return name
 
 
-def published_tensors(spec: ModelSpec, hf: Mapping[str, Any], names: Collection[str]) -> PublishedTensors:
+def published_tensors(spec: AnySpec, hf: Mapping[str, Any], names: Collection[str]) -> PublishedTensors:
     """What the family of ``spec`` maps to; ``names``, of the tensors that are there, tell the layout."""
     family = exporting_family(spec)
     fused = any(name.endswith(".experts.gate_up_proj") for name in names)
     ops = family.weight_map(spec.model, "fused" if fused else "per_expert")
-    tied, ignored = spec.model.tie_word_embeddings and PUBLISHED_HEAD in names, family.ignored(hf)
+    copies = family.embedding_copies + (PUBLISHED_HEAD,) * spec.model.tie_word_embeddings
+    copies = tuple(name for name in copies if name in names)
     return PublishedTensors(
         ops=ops,
         shapes=source_shapes(ops, parameter_shapes(spec.model)),
-        ignored=(*ignored, re.escape(PUBLISHED_HEAD)) if tied else ignored,
-        tied_head=tied,
+        ignored=(*family.ignored(hf), *map(re.escape, copies)),
+        copies=copies,
     )
 
 
 @contextmanager
-def open_published(directory: Path) -> Iterator[tuple[ModelSpec, Stream]]:
+def open_published(directory: Path) -> Iterator[tuple[AnySpec, Stream]]:
     """The model in a published directory and its tensors under our names, checked but not read yet."""
     spec = published_spec(directory)
     hf = read_json(directory / "config.json")
@@ -235,13 +246,13 @@ def open_published(directory: Path) -> Iterator[tuple[ModelSpec, Stream]]:
         order = {name: i for i, name in enumerate(parameter_shapes(spec.model))}
         ops = sorted(published.ops, key=lambda op: order[op.targets[0]])
         left_out = check_tensors(source, published.shapes, ops, published.ignored)
-        if published.tied_head:
-            check_copy(source, PUBLISHED_HEAD, published.embedding)
+        for copy in published.copies:
+            check_copy(source, copy, published.embedding)
         yield spec, Stream(ops, source, left_out=left_out)
 
 
 @contextmanager
-def open_zoo(directory: Path, config: ModelConfig) -> Iterator[TensorSource]:
+def open_zoo(directory: Path, config: AnyConfig) -> Iterator[TensorSource]:
     """The tensors of a zoo checkpoint, checked against its config but not read yet."""
     with TensorSource(directory) as source:
         check_tensors(source, parameter_shapes(config), ())
@@ -270,5 +281,5 @@ def _special_ids(directory: Path) -> dict[str, Any]:
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
 
 
-def _elements(config: ModelConfig) -> int:
+def _elements(config: AnyConfig) -> int:
     return sum(math.prod(shape) for shape in parameter_shapes(config).values())

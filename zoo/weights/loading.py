@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from zoo.config import CONFIG_FILE, ModelConfig, ModelSpec, load_spec, save_spec
+from zoo.config import CONFIG_FILE, not_a_decoder, save_spec
+from zoo.encoder_decoder import EncoderDecoder
+from zoo.encoder_decoder_config import AnySpec, load_any_spec
 from zoo.model import Decoder
-from zoo.registry import checkpoints, find_spec, model_names, unknown
+from zoo.registry import checkpoints, encoder_decoder_names, find_any_spec, model_names, unknown
 from zoo.tokenizer import Tokenizer, check_vocab
-from zoo.weights.convert import open_published, open_zoo, published_directory, tracked
+from zoo.weights.convert import open_published, open_zoo, published_directory, skeleton, tracked
 from zoo.weights.hub import download, is_hub_id
 from zoo.weights.target import MAX_SHARD_BYTES, copy_tokenizer, new_directory, write_tensors
 
@@ -34,15 +37,33 @@ def load(
         progress: show a progress bar on standard error.
 
     Raises:
-        ValueError: nothing to load under that name, or a checkpoint that is not exactly what its config says.
+        ValueError: nothing to load under that name, a checkpoint that is not exactly what its config says, or an
+            encoder-decoder.
     """
-    directory = checkpoint_directory(source)
-    if (directory / CONFIG_FILE).is_file():
-        config = load_spec(directory / CONFIG_FILE).model
-        with open_zoo(directory, config) as tensors:
-            return _filled(config, ((name, tensors.read(name)) for name in tensors.entries), dtype, device)
-    with open_published(published_directory(directory)) as (spec, stream):
-        return _filled(spec.model, tracked(stream, "loading", progress), dtype, device)
+    if str(source) in encoder_decoder_names() and not Path(source).exists():
+        raise not_a_decoder(source)  # before anything is downloaded
+    with _opened(source, progress) as (spec, tensors):
+        model = skeleton(spec.model)
+        if not isinstance(model, Decoder):
+            raise not_a_decoder(source)
+        _fill(model, tensors, dtype, device)
+    return model
+
+
+def load_encoder_decoder(
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> EncoderDecoder:
+    """A trained encoder-decoder, in eval mode; arguments and errors as ``load``."""
+    with _opened(source, progress) as (spec, tensors):
+        model = skeleton(spec.model)
+        if not isinstance(model, EncoderDecoder):
+            raise ValueError(f"{source}: this is a decoder; use load")
+        _fill(model, tensors, dtype, device)
+    return model
 
 
 def load_with_tokenizer(
@@ -87,8 +108,8 @@ def checkpoint_directory(source: str | Path) -> Path:
     named = checkpoints().get(str(source))
     if named is not None:
         return named
-    if str(source) in model_names():
-        hub_id = find_spec(source).source
+    if str(source) in (*model_names(), *encoder_decoder_names()):
+        hub_id = find_any_spec(source).source
         if hub_id is None:
             raise ValueError(f"{source}: this model has no published weights; train it, or give a checkpoint directory")
         return download(hub_id)
@@ -100,8 +121,8 @@ def checkpoint_directory(source: str | Path) -> Path:
 
 
 def save_model(
-    model: Decoder,
-    spec: ModelSpec,
+    model: Decoder | EncoderDecoder,
+    spec: AnySpec,
     directory: str | Path,
     tokenizer_dir: str | Path | None = None,
     *,
@@ -129,13 +150,13 @@ def save_model(
 
 def write_zoo(
     tensors: Iterable[tuple[str, Tensor]],
-    spec: ModelSpec,
+    spec: AnySpec,
     directory: str | Path,
     tokenizer_dir: str | Path | None,
     *,
     max_shard_bytes: int,
 ) -> None:
-    """Write ``tensors``, the state of a decoder in its order, as ``save_model`` does; arguments and errors as there."""
+    """Write ``tensors``, the state of a model in its order, as ``save_model`` does; arguments and errors as there."""
     directory = Path(directory)
     is_checkpoint = (directory / CONFIG_FILE).is_file()
     if directory.exists() and not is_checkpoint and (not directory.is_dir() or any(directory.iterdir())):
@@ -147,16 +168,30 @@ def write_zoo(
         save_spec(spec, aside / CONFIG_FILE)
 
 
-def _filled(
-    config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: str | torch.device
-) -> Decoder:
-    """A decoder of ``config`` that holds ``tensors``, which are all of its state."""
-    with torch.device("meta"):
-        model = Decoder(config)
+@contextmanager
+def _opened(source: str | Path, progress: bool) -> Iterator[tuple[AnySpec, Iterable[tuple[str, Tensor]]]]:
+    """The model that ``source`` names and its tensors under our names, checked but not read yet."""
+    directory = checkpoint_directory(source)
+    if (directory / CONFIG_FILE).is_file():
+        spec = load_any_spec(directory / CONFIG_FILE)
+        with open_zoo(directory, spec.model) as tensors:
+            yield spec, ((name, tensors.read(name)) for name in tensors.entries)
+    else:
+        with open_published(published_directory(directory)) as (spec, stream):
+            yield spec, tracked(stream, "loading", progress)
+
+
+def _fill(
+    model: Decoder | EncoderDecoder,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> None:
+    """Give ``model`` the ``tensors``, which are all of its state, and put it into eval mode."""
     buffers = dict(model.named_buffers())
     state = {
         name: tensor.to(device=device, dtype=buffers[name].dtype if name in buffers else dtype)
         for name, tensor in tensors
     }
     model.load_state_dict(state, assign=True)
-    return model.eval()
+    model.eval()

@@ -80,6 +80,33 @@ class Rename:
 
 
 @dataclass(frozen=True)
+class Copies:
+    """One tensor that is published under several names. The first is read; that the others equal it is for the reader
+    of the checkpoint to check (``zoo.weights.source.check_copy``)."""
+
+    sources: tuple[str, ...]
+    target: str
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.target,)
+
+    def to_zoo(self, read: Read) -> Iterator[tuple[str, Tensor]]:
+        yield self.target, read(self.sources[0])
+
+    def to_published(self, read: Read) -> Iterator[tuple[str, Tensor]]:
+        tensor = read(self.target)
+        for name in self.sources:
+            yield name, tensor
+
+    def region_to_zoo(self, target: str, region: Region, target_shape: Shape, read: ReadRegion) -> Tensor:
+        return read(self.sources[0], region)
+
+    def source_shape(self, target_shape: Shape) -> Shape:
+        return target_shape
+
+
+@dataclass(frozen=True)
 class Stack:
     """Tensors of one shape, in row-major order, stacked along new leading dimensions.
 

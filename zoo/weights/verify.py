@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zoo.config import CONFIG_FILE, ModelSpec, load_spec
+from zoo.config import CONFIG_FILE
+from zoo.encoder_decoder_config import AnySpec, load_any_spec
 from zoo.families import exporting_family
 from zoo.families.base import quantization
 from zoo.registry import published_spec, read_json
-from zoo.weights.convert import PUBLISHED_HEAD, parameter_shapes, published_tensors
+from zoo.weights.convert import parameter_shapes, published_tensors
 from zoo.weights.hashes import SUMS_FILE, record, recorded, sha256
 from zoo.weights.headers import AGAIN, read_header
 from zoo.weights.mxfp4 import unpacked_entries
@@ -54,7 +55,7 @@ class Report:
     """What a check of ``directory`` saw."""
 
     directory: Path
-    spec: ModelSpec | None = None
+    spec: AnySpec | None = None
     """None where the config cannot be read; shapes are not checked then."""
     files: list[Path] = field(default_factory=list)
     tensors: int = 0
@@ -132,7 +133,7 @@ def _read_config(report: Report) -> None:
     path = report.directory / CONFIG_FILE
     try:
         if path.is_file():
-            report.spec = load_spec(path)
+            report.spec = load_any_spec(path)
             return
         path = report.directory / "config.json"
         report.spec = published_spec(report.directory)
@@ -202,7 +203,7 @@ def _check_index(report: Report, listed: dict[str, str], entries: dict[str, Entr
             report.add(INDEX_FILE, f"lists tensor {name!r} in {there!r}, but it is in {found or 'none'}")
 
 
-def _check_tensors(report: Report, spec: ModelSpec, entries: dict[str, Entry]) -> None:
+def _check_tensors(report: Report, spec: AnySpec, entries: dict[str, Entry]) -> None:
     directory = report.directory
     if (directory / CONFIG_FILE).is_file():
         _compare(report, entries, parameter_shapes(spec.model), ())
@@ -218,12 +219,13 @@ def _check_tensors(report: Report, spec: ModelSpec, entries: dict[str, Entry]) -
     _compare(report, entries, published.shapes, published.ignored)
     for path, problem in misfits(entries, {}, published.ops):
         report.add(path, problem)
-    if published.tied_head and not report.findings:
+    if published.copies and not report.findings:
         with TensorSource(directory) as source:
-            try:
-                check_copy(source, PUBLISHED_HEAD, published.embedding)
-            except ValueError as error:
-                report.add(source.entries[PUBLISHED_HEAD].path, error)
+            for copy in published.copies:
+                try:
+                    check_copy(source, copy, published.embedding)
+                except ValueError as error:
+                    report.add(source.entries[copy].path, error)
 
 
 def _compare(report: Report, entries: dict[str, Entry], shapes: dict[str, Shape], ignored: tuple[str, ...]) -> None:
