@@ -119,6 +119,28 @@ def test_an_unknown_task_is_named_before_anything_is_made(quickstart: dict[str, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_task_without_item_scores_is_named_before_anything_is_trained(tmp_path: Path) -> None:
+    """lm-eval's CoLA has Matthews' correlation alone, which is one of all items."""
+    mirror = tmp_path / "mirror" / "nyu-mll" / "glue"
+    (mirror / "cola").mkdir(parents=True)
+    files = "".join(f"  - split: {split}\n    path: cola/{split}.jsonl\n" for split in ("train", "validation"))
+    (mirror / "README.md").write_text(f"---\nconfigs:\n- config_name: cola\n  data_files:\n{files}---\n")
+    for split in ("train", "validation"):
+        (mirror / "cola" / f"{split}.jsonl").write_text('{"sentence": "They sang.", "label": 1, "idx": 0}\n')
+    (tmp_path / "text.txt").write_text("They sang. " * 1000)
+    content = {
+        "name": "cola",
+        "data": {"sources": [str(tmp_path / "text.txt")], "vocab_size": 260},
+        "training": {"steps": 2, "batch_size": 1, "sequence_length": 8},
+        "models": [{"name": "sparse", "base": "mixtral-tiny"}],
+        "tasks": {"knowledge": ["facts_knowledge"], "comprehension": ["cola"]},
+    }
+    study = load_study(saved(content, tmp_path))
+    with pytest.raises(ValueError, match=r"task 'cola': its first metric, 'mcc', has no score for each item"):
+        run_study(study, tmp_path / "out", mirror.parents[1], print)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["study.yaml"]
+
+
 def test_smoke_needs_a_smoke_size(quickstart: dict[str, Any], tmp_path: Path) -> None:
     quickstart.pop("smoke")
     with pytest.raises(ValueError, match="no smoke size"):

@@ -95,7 +95,8 @@ def run_study(study: Study, out: Path, data_root: Path | None, notify: Notify, j
         jobs: models trained side by side, each with an equal share of the cores.
 
     Raises:
-        ValueError: an unknown model or task, ``out`` holds another study, or a run fails.
+        ValueError: an unknown model or task, a task that cannot be read or has no score for each item, ``out`` holds
+            another study, or a run fails.
     """
     from zoo.harness.tasks import with_leaf_tasks
 
@@ -135,7 +136,8 @@ def _claim(study: Study, out: Path) -> None:
 
 
 def _prepare_data(study: Study, out: Path, data_root: Path | None, notify: Notify) -> Path:
-    """Tokenizer and token data of the study; returns the data directory."""
+    """Tokenizer and token data of the study, once every task was tried; returns the data directory."""
+    from zoo.harness.measure import check_item_scores
     from zoo.training.data.builder import build
     from zoo.training.data.sources import Source
     from zoo.training.data.tokenizer_training import train_tokenizer
@@ -155,6 +157,8 @@ def _prepare_data(study: Study, out: Path, data_root: Path | None, notify: Notif
     if config.generated is not None:
         notify(f"making {', '.join(config.generated.parts)}")
         write_mixture(config.generated, out / "generated")
+    notify(f"trying {', '.join(study.tasks.all)}")
+    check_item_scores(study.tasks.all, _mirror(study, out) or data_root)
     made = _made_data(study, out)
     training += [Source(str(directory / TRAINING_TEXT)) for directory in made]
     validation = [Source(str(directory / VALIDATION_TEXT)) for directory in made]

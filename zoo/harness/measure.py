@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zoo.harness.runner import load_tasks
 from zoo.moe.stats import expert_counts, expert_load
 from zoo.tokenizer import Tokenizer
 from zoo.training.data import TokenDataModule
@@ -22,6 +23,30 @@ LOAD_ITEMS = 64
 """Items of each task whose requests show which experts fire for it."""
 
 
+def check_item_scores(tasks: Sequence[str], data_root: Path | None) -> None:
+    """Answer the first item of every task anyhow, so that one without item scores is found before a training.
+
+    Args:
+        tasks: names; none is a group.
+        data_root: mirror of the data sets; by default they come from the hub.
+
+    Raises:
+        ValueError: naming a task whose data set cannot be read or is empty, or whose first metric has no item scores.
+    """
+    for name, task in load_tasks(tasks, data_root).items():
+        document = next(iter(task.eval_docs), None)
+        if document is None:
+            raise ValueError(f"task {name!r}: its data set has no items; name another task")
+        requests = task.construct_requests(document, "", metadata=(name, 0, 1))
+        requests = requests if isinstance(requests, list) else [requests]
+        scores = task.process_results(document, [_ANSWERS[request.request_type] for request in requests])
+        _item_score(name, scores, _first_metric(task.config.metric_list))
+
+
+_ANSWERS: dict[str, Any] = {"loglikelihood": (-1.0, False), "loglikelihood_rolling": -1.0, "generate_until": "answer"}
+"""Kind of request → a response as a model would give it."""
+
+
 def item_scores(results: Mapping[str, Any], task: str) -> dict[str, float]:
     """The task's first metric of every item, by number and hash of the document.
 
@@ -30,11 +55,23 @@ def item_scores(results: Mapping[str, Any], task: str) -> dict[str, float]:
     """
     if task not in results["samples"]:
         raise ValueError(f"task {task!r}: it has no items of its own; name the tasks of the group instead")
-    metric = results["configs"][task]["metric_list"][0]["metric"]
+    metric = _first_metric(results["configs"][task]["metric_list"])
     samples = results["samples"][task]
-    if not isinstance(samples[0][metric], int | float):
-        raise ValueError(f"task {task!r}: its first metric, {metric!r}, has no score for each item")
-    return {f"{sample['doc_id']}/{sample['doc_hash']}": float(sample[metric]) for sample in samples}
+    return {f"{sample['doc_id']}/{sample['doc_hash']}": _item_score(task, sample, metric) for sample in samples}
+
+
+def _first_metric(metrics: Sequence[Mapping[str, Any]] | None) -> str | None:
+    return str(metrics[0]["metric"]) if metrics else None
+
+
+def _item_score(task: str, scores: Mapping[str, Any], metric: str | None) -> float:
+    score = scores.get(metric) if metric else None
+    if not isinstance(score, int | float):
+        raise ValueError(
+            f"task {task!r}: its first metric, {metric!r}, has no score for each item; "
+            "name a task that begins with one that has, such as acc"
+        )
+    return float(score)
 
 
 def guess_rate(results: Mapping[str, Any], task: str) -> float:
