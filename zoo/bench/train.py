@@ -1,0 +1,232 @@
+"""A training step of a whole model: ours as ``zoo fit`` runs it, transformers' with each way of computing experts.
+
+A step is forward, next-token loss, backward and fused AdamW on random tokens; ours takes the terms of the balance
+losses as well, as training logs them. The limit is our step of the dense model with the same FLOPs for a token. Memory
+is what a step needs beyond weights and the optimizer's state: activations, gradients, temporaries.
+
+Shapes: B batch, S sequence, T = B·S tokens, D model, F FFN, N routed rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.accounting import count_parameters, training_flops
+from zoo.bench.memory import peak_bytes
+from zoo.bench.peers import EXPERTS, check_equal, exported, in_litgpt, in_transformers
+from zoo.bench.rows import LIMIT, OURS, Options, Row
+from zoo.bench.timing import interleaved
+from zoo.config import AttentionConfig, MLAConfig, ModelSpec, MoEConfig, save_spec
+from zoo.harness.match import dense_config, derived
+from zoo.model import Decoder
+from zoo.registry import find_spec
+from zoo.training.module import ZooModule
+from zoo.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer
+
+if TYPE_CHECKING:
+    pass
+
+TOKENS = 2048
+"""Of a step."""
+LENGTHS = (256, 1024)
+VOCABULARIES = (2048, 32768)
+SMALL = VOCABULARIES[0]
+GATHERED_BYTES = 2**30
+"""transformers' ``batched_mm`` copies the weights of each row's expert: it is not tried where they take more."""
+FAR_BEHIND = 2.0
+"""A peer that takes so many times as long as the fastest is timed once and left out of the rounds."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and the batch of its step."""
+
+    name: str
+    spec: ModelSpec
+    batch: int
+    length: int
+    sweep: tuple[str, int] | None = None
+    """What varies over a series of cases, and its value here."""
+
+
+def rows(options: Options) -> Iterator[Row]:
+    """Seconds of a step of every case that ``options`` asks for."""
+    for case in cases():
+        if options.wants(case.name):
+            yield measured(case, options)
+
+
+def cases() -> Iterator[Case]:
+    """Three styles of model, two lengths and two vocabularies; then what a token costs when one size varies."""
+    for spec in (mixtral(), deepseek(), qwen()):
+        for length in LENGTHS:
+            for vocab_size in VOCABULARIES:
+                sized = replace(spec, model=replace(spec.model, vocab_size=vocab_size))
+                name = f"{spec.name}, sequence {length}, vocabulary {vocab_size:,}"
+                yield Case(name, sized, TOKENS // length, length)
+    for experts in (8, 16, 32, 64):
+        spec = mixtral(num_experts=experts)
+        yield Case(f"cost, {experts} experts", spec, TOKENS // 256, 256, ("experts", experts))
+    for parts in (1, 2, 4, 8):
+        spec = mixtral(num_experts=8 * parts, top_k=2 * parts, width=512 // parts)
+        yield Case(f"cost, granularity {parts}", spec, TOKENS // 256, 256, ("granularity", parts))
+    for length in (128, 256, 512, 1024, 2048):
+        yield Case(f"cost, sequence {length}", mixtral(), TOKENS // length, length, ("sequence", length))
+    for batch in (1, 2, 4, 8, 16):
+        yield Case(f"cost, batch {batch}", mixtral(), batch, 256, ("batch", batch))
+
+
+def mixtral(num_experts: int = 8, top_k: int = 2, width: int = 512) -> ModelSpec:
+    """Grouped-query attention and experts of ``width``; by default coarse ones, as Mixtral's."""
+    moe = MoEConfig(
+        num_experts=num_experts,
+        top_k=top_k,
+        moe_intermediate_size=width,
+        score_func="softmax",
+        norm_topk_prob=True,
+    )
+    return _sized("mixtral", attention=_GQA, intermediate_size=width, moe=moe)
+
+
+def deepseek() -> ModelSpec:
+    """Latent attention, 64 fine experts of which a token goes through 6 and 2 shared ones, the first layer dense."""
+    mla = MLAConfig(
+        num_heads=8, kv_lora_rank=128, q_lora_rank=None, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32
+    )
+    moe = find_spec("deepseek-v3-tiny").model.moe
+    assert moe is not None
+    moe = replace(moe, num_experts=64, top_k=6, moe_intermediate_size=128, num_shared_experts=2)
+    return _sized("deepseek-v3", mla=mla, intermediate_size=1024, moe=moe)
+
+
+def qwen() -> ModelSpec:
+    """Grouped-query attention with normalised heads, 64 fine experts, 8 for a token, none shared."""
+    moe = find_spec("qwen3-moe-tiny").model.moe
+    assert moe is not None
+    moe = replace(moe, num_experts=64, top_k=8, moe_intermediate_size=128)
+    return _sized("qwen3-moe", attention=replace(_GQA, qk_norm="head"), intermediate_size=1024, moe=moe)
+
+
+_GQA = AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=32)
+
+
+def _sized(style: str, **blocks: Any) -> ModelSpec:
+    """The tiny model of ``style`` with 4 layers of width 256 and ``blocks``."""
+    tiny = find_spec(f"{style}-tiny")
+    model = replace(tiny.model, hidden_size=256, num_layers=4, vocab_size=SMALL, **blocks)
+    return replace(tiny, name=style, model=model)
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A model in training and how it takes its loss."""
+
+    model: nn.Module
+    adamw: torch.optim.AdamW
+    loss: Callable[[], Tensor]
+    """Mean negative log-likelihood of the next token in nats."""
+
+    def step(self) -> None:
+        """Forward, backward and optimizer; without gradients before and after."""
+        self.loss().backward()
+        self.adamw.step()
+        self.adamw.zero_grad()
+
+
+def measured(case: Case, options: Options) -> Row:
+    """Ours, peers and limit on the batch of ``case``, whose losses agree before any step."""
+    model = case.spec.model
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.vocab_size, (case.batch, case.length + 1), generator=generator).to(options.device)
+    dense = derived(case.spec, "dense", dense_config(model, "flops", case.length), "equal in FLOPs of a token")
+    ours = _zoo(case.spec, tokens, options)
+    learners = {OURS: ours, **_peers(case, ours, tokens, options)}
+    expected = ours.loss()
+    for way, learner in learners.items():
+        check_equal(case.name, way, expected, learner.loss(), options.dtype)
+    steps = {way: learner.step for way, learner in learners.items()}
+    left_out = _far_behind(steps)
+    steps = {way: step for way, step in steps.items() if way not in left_out}
+    steps[LIMIT] = _zoo(dense, tokens, options).step
+    seconds = interleaved(steps, options.rounds)
+    peaks = {way: peak_bytes(step, options.device) for way, step in steps.items()}
+    notes = {
+        "tokens": case.batch * case.length,
+        "parameters": count_parameters(model).total,
+        "active_parameters": count_parameters(model).active,
+        "flops": training_flops(model, case.length) * case.batch * case.length,
+        "left_out_seconds": left_out,
+        **({} if case.sweep is None else {"sweep": case.sweep[0], "value": case.sweep[1]}),
+    }
+    return Row("train", case.name, seconds, peaks, notes)
+
+
+def _zoo(spec: ModelSpec, tokens: Tensor, options: Options) -> Learner:
+    """The model as ``zoo fit`` trains it, on rows of one document."""
+    with tempfile.NamedTemporaryFile(suffix=".yaml") as file:
+        save_spec(spec, file.name)
+        module = ZooModule(file.name)
+    module.configure_model()
+    module.to(options.device, options.dtype)
+    assert module.model is not None
+    batch = {
+        "input_ids": tokens[:, :-1].contiguous(),
+        "labels": tokens[:, 1:].contiguous(),
+        "document_ids": torch.zeros_like(tokens[:, 1:]),
+    }
+
+    def loss() -> Tensor:
+        module.step_sums = None
+        return module.training_step(batch, 0) / batch["labels"].numel()
+
+    return _learner(module.model, loss)
+
+
+def _peers(case: Case, ours: Learner, tokens: Tensor, options: Options) -> dict[str, Learner]:
+    """The weights of ``ours`` elsewhere."""
+    assert isinstance(ours.model, Decoder)
+    with exported(ours.model, case.spec) as published:
+        theirs = in_transformers(published, options).train()
+        litgpt = in_litgpt(published, case.spec, options)
+    ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].flatten()
+
+    def loss(model: nn.Module, experts: str | None = None) -> Tensor:
+        if experts is not None:
+            theirs.set_experts_implementation(experts)
+        out = model(ids) if experts is None else model(ids, use_cache=False).logits
+        return F.cross_entropy(out.flatten(0, 1).float(), labels)
+
+    shared = _learner(theirs, partial(loss, theirs))
+    peers = {f"transformers {experts}": replace(shared, loss=partial(loss, theirs, experts)) for experts in _ways(case)}
+    if litgpt is not None:
+        peers["litgpt"] = _learner(litgpt.train(), partial(loss, litgpt))
+    return peers
+
+
+def _learner(model: nn.Module, loss: Callable[[], Tensor]) -> Learner:
+    """With the optimizer that ``zoo fit`` and transformers' Trainer both take."""
+    return Learner(model, build_optimizer(model, OptimizerConfig(), ScheduleConfig(), 10**6)[0], loss)
+
+
+def _ways(case: Case) -> list[str]:
+    """transformers' ways of computing experts that fit into memory."""
+    model = case.spec.model
+    assert model.moe is not None
+    weights = 3 * model.hidden_size * model.moe.moe_intermediate_size * torch.float32.itemsize
+    fits = case.batch * case.length * model.moe.top_k * weights <= GATHERED_BYTES
+    return [way for way in EXPERTS if way != "batched_mm" or fits]
+
+
+def _far_behind(steps: Mapping[str, Callable[[], None]]) -> dict[str, float]:
+    """Peers that are certainly not the best, with the seconds of a step."""
+    seconds = {way: times[0] for way, times in interleaved(steps, 1).items() if way != OURS}
+    best = min(seconds.values())
+    return {way: time for way, time in seconds.items() if time > FAR_BEHIND * best}
