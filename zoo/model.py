@@ -151,7 +151,7 @@ class Decoder(nn.Module):
             past_valid=cache.valid if cache else None,
         )
         x = self.embed_tokens(input_ids)
-        rotary = self.rotary(layout.positions, x.dtype)
+        rotary = self.rotary(layout.positions, layout.keys, x.dtype)
         router_outputs = []
         for i, block in enumerate(self.layers):
             x, routing = block(x, layout, rotary, cache.layers[i] if cache else None)

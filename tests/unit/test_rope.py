@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -83,20 +84,34 @@ def test_mscale_by_hand() -> None:
     assert yarn_mscale(0.5) == 1.0
 
 
-def test_rotation_is_multiplication_of_complex_pairs() -> None:
-    x = torch.randn(2, 5, 3, 8, dtype=torch.float64)
-    angles = torch.randn(2, 5, 1, 4, dtype=torch.float64)
-    turn = torch.polar(torch.ones_like(angles), angles)
-    interleaved = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (4, 2))) * turn).flatten(-2)
-    torch.testing.assert_close(rotate(x, angles.cos(), angles.sin(), "interleaved"), interleaved)
-    split = torch.complex(x[..., :4], x[..., 4:]) * turn
-    torch.testing.assert_close(
-        rotate(x, angles.cos(), angles.sin(), "split"), torch.cat((split.real, split.imag), dim=-1)
+@pytest.mark.parametrize("layout", ["split", "interleaved"])
+def test_rotation_is_multiplication_of_complex_pairs(layout: Literal["split", "interleaved"]) -> None:
+    rope = RopeConfig(theta=1e4, layout=layout, yarn=YarnScaling(original_max_position=4096, **YARN))
+    frequencies, scale = inverse_frequencies(rope, 8)
+    positions, x = torch.tensor([[0, 1, 7, 3, 900]]).expand(2, 5), torch.randn(2, 5, 3, 8, dtype=torch.float64)
+    turn = torch.polar(
+        torch.full((2, 5, 1, 4), scale).double(), (positions[..., None] * frequencies)[:, :, None].double()
     )
+    rotated = rotate(x, *Rotary(rope, 8)(positions, 901, x.dtype), layout)
+    if layout == "interleaved":
+        expected = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (4, 2))) * turn).flatten(-2)
+    else:
+        pairs = torch.complex(x[..., :4], x[..., 4:]) * turn
+        expected = torch.cat((pairs.real, pairs.imag), dim=-1)
+    torch.testing.assert_close(rotated, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_training_goes_on_with_positions_that_generation_looked_up() -> None:
+    rotary = Rotary(RopeConfig(theta=1e4), 8)
+    with torch.inference_mode():
+        rotary(torch.arange(5)[None], 5, torch.float32)
+    x = torch.randn(1, 3, 2, 8, requires_grad=True)
+    rotate(x, *rotary(torch.arange(3)[None], 3, torch.float32), "split").square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach())  # a rotation keeps the norm
 
 
 def test_late_positions_keep_fp32_angles_in_a_bf16_model() -> None:
     rotary = Rotary(RopeConfig(theta=1e4), 8)
-    cos, _ = rotary(torch.tensor([[100_001]]), torch.bfloat16)
+    cos, _ = rotary(torch.tensor([[100_001]]), 100_002, torch.bfloat16)
     exact = torch.cos(100_001 * (1e4 ** -(torch.arange(0, 8, 2).double() / 8)))
-    assert (cos.flatten().double() - exact).abs().max() < 0.01  # a bf16 angle would be off by up to 256 radians
+    assert (cos.flatten()[:4].double() - exact).abs().max() < 0.01  # a bf16 angle would be off by up to 256 radians

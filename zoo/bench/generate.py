@@ -18,7 +18,7 @@ from torch import Tensor
 from zoo.accounting import cache_elements_per_token, count_parameters
 from zoo.bench.rows import LIMIT, OURS, Options, Row
 from zoo.bench.timing import interleaved
-from zoo.config import AttentionConfig, MLAConfig, ModelSpec, MoEConfig
+from zoo.config import AttentionConfig, MLAConfig, ModelSpec
 from zoo.generation import generate
 from zoo.model import Decoder, build
 from zoo.registry import find_spec

@@ -26,6 +26,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, scale: float
     """
     if _flash_applies(q, v, layout):
         return _flash(q, k, v, layout, scale)
+    if q.shape[2] == 1:
+        # The heads of a group become rows of one query matrix: keys and values are read once for all of them.
+        rows = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
+        return F.scaled_dot_product_attention(rows, k, v, attn_mask=layout.mask, scale=scale).flatten(1, 2).unsqueeze(1)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=layout.mask, is_causal=layout.is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )

@@ -6,6 +6,8 @@ v v_head_dim.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,6 +51,10 @@ class MLA(nn.Module):
         self.kv_a_norm = RMSNorm(mla.kv_lora_rank, config.norm_eps)
         self.kv_b_proj = nn.Linear(mla.kv_lora_rank, mla.num_heads * (self.nope + self.v_head_dim), bias=False)
         self.o_proj = nn.Linear(mla.num_heads * self.v_head_dim, width, bias=False)
+        # Absorbed, a query takes 2(r + p) products a key and head in place of n + p + v; expanding takes r(n + v).
+        more = 2 * (self.kv_lora_rank + self.rope) - (self.nope + self.rope + self.v_head_dim)
+        expansion = self.kv_lora_rank * (self.nope + self.v_head_dim)
+        self.absorbed_up_to = math.inf if more <= 0 else expansion / more
 
     def forward(
         self, x: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor], cache: LayerCache | None
@@ -62,7 +68,7 @@ class MLA(nn.Module):
         keys = torch.cat((self.kv_a_norm(latent), k_rope), dim=-1)
         if cache is not None:
             (keys,) = cache.append(layout.past, keys)
-        form = self.absorbed if layout.past else self.expanded
+        form = self.absorbed if layout.past and x.shape[1] <= self.absorbed_up_to else self.expanded
         return self.o_proj(form(q_nope, q_rope, keys, layout).flatten(-2))
 
     def expanded(self, q_nope: Tensor, q_rope: Tensor, keys: Tensor, layout: SequenceLayout) -> Tensor:
@@ -90,18 +96,21 @@ class MLA(nn.Module):
         w_uk, w_uv = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank).split(
             (self.nope, self.v_head_dim), dim=1
         )
-        q_latent = torch.einsum("bshn,hnr->bshr", q_nope, w_uk)
-        batch, new = q_nope.shape[:2]
-        q = torch.cat((q_latent, q_rope), dim=-1).view(batch, 1, new * self.num_heads, -1)
-        k = keys.unsqueeze(1)
-        mask = layout.mask
+        q = torch.cat((_per_head(q_nope, w_uk), q_rope), dim=-1)
+        k, mask = keys.unsqueeze(1), layout.mask
         if mask is not None:
             mask = mask.repeat_interleave(self.num_heads, dim=2)
-        out = F.scaled_dot_product_attention(q, k, k[..., : self.kv_lora_rank], attn_mask=mask, scale=self.scale)
-        return torch.einsum("bshr,hvr->bshv", out.view(batch, new, self.num_heads, -1), w_uv)
+        # The keys are the values as well, rotary part and all: kernels that are fast want both of one size.
+        out = F.scaled_dot_product_attention(q.flatten(1, 2).unsqueeze(1), k, k, attn_mask=mask, scale=self.scale)
+        return _per_head(out.view_as(q)[..., : self.kv_lora_rank], w_uv.mT)
 
     def new_cache(self, batch_size: int, max_length: int) -> LayerCache:
         """Empty latents and rotary keys in one buffer [B, L, r + p]."""
         weight = self.kv_a_proj.weight
         shape = (batch_size, max_length, self.kv_lora_rank + self.rope)
         return LayerCache([torch.zeros(shape, dtype=weight.dtype, device=weight.device)])
+
+
+def _per_head(x: Tensor, weights: Tensor) -> Tensor:
+    """x [B, S, H, i], a matrix of each head [H, i, o] → [B, S, H, o]."""
+    return torch.bmm(x.flatten(0, 1).transpose(0, 1), weights).transpose(0, 1).unflatten(0, x.shape[:2])

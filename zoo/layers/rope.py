@@ -9,6 +9,7 @@ import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.config import Llama3Scaling, RopeConfig, YarnScaling
@@ -73,36 +74,58 @@ def _yarn_scale(scaling: YarnScaling) -> float:
 
 
 class Rotary:
-    """cos and sin for given positions. Frequencies stay fp32 whatever dtype the model is cast to."""
+    """cos and sin for given positions, from a table of those so far. fp32 whatever dtype the model is cast to."""
 
     def __init__(self, rope: RopeConfig, size: int) -> None:
         self.frequencies, self.scale = inverse_frequencies(rope, size)
+        self.layout = rope.layout
+        self._table = torch.empty(0, 2 * size, device="cpu")
 
-    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions [B, S] int64 → cos, sin [B, S, 1, d/2] for x of ``dtype``: fp32, or wider if that is."""
-        if self.frequencies.device != positions.device:
-            self.frequencies = self.frequencies.to(positions.device)
-        angles = (positions[..., None].float() * self.frequencies).unsqueeze(2)
+    def __call__(self, positions: Tensor, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin as ``rotate`` takes them: of each element of a head, the sine of a pair's first negative.
+
+        Args:
+            positions: [B, S] int64.
+            end: what no position reaches; given, so that no GPU is asked for the largest.
+            dtype: of what is rotated.
+
+        Returns:
+            cos, sin [B, S, 1, d], fp32 or ``dtype`` if that is wider.
+        """
+        if end > len(self._table) or positions.device != self._table.device:
+            self._table = self._tabulate(max(end, 2 * len(self._table)), positions.device)
         exact = torch.promote_types(dtype, torch.float32)
-        return (angles.cos() * self.scale).to(exact), (angles.sin() * self.scale).to(exact)
+        cos, sin = F.embedding(positions, self._table).unsqueeze(2).to(exact).chunk(2, dim=-1)
+        return cos, sin
+
+    @torch.inference_mode(False)  # training may go on with a table that was made for generation
+    @torch.no_grad()
+    def _tabulate(self, end: int, device: torch.device) -> Tensor:
+        """[end, 2 d]: cos and sin of the positions before ``end``."""
+        angles = torch.arange(end, device=device).float()[:, None] * self.frequencies.to(device)
+        cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
+        join = torch.cat if self.layout == "split" else _interleave
+        return torch.cat((join((cos, cos), -1), join((-sin, sin), -1)), dim=-1)
 
 
 class NoRotary:
     """Takes the place of ``Rotary`` in a model without rotary positions: cos and sin of no pair."""
 
-    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def __call__(self, positions: Tensor, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions [B, S] → twice [B, S, 1, 0]."""
         nothing = torch.empty(*positions.shape, 1, 0, dtype=dtype, device=positions.device)
         return nothing, nothing
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Literal["split", "interleaved"]) -> Tensor:
-    """Rotate each pair of x [B, S, H, d] by its angle; cos, sin [B, S, 1, d/2] (arXiv 2104.09864, equation 34).
+    """Rotate each pair of x [B, S, H, d] by its angle (arXiv 2104.09864, equation 34); cos, sin as from ``Rotary``.
 
     In the dtype of cos and sin, and rounded to that of x once, at the end.
     """
-    if layout == "split":
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
+    partner = x.roll(x.shape[-1] // 2, -1) if layout == "split" else x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, partner, sin).to(x.dtype)
+
+
+def _interleave(halves: tuple[Tensor, Tensor], dim: int) -> Tensor:
+    """Elements of both in turn along the last dimension."""
+    return torch.stack(halves, dim).flatten(-2)

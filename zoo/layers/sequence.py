@@ -43,8 +43,15 @@ class SequenceLayout:
     window: int | None = None
     """Sliding window in tokens, or None."""
 
+    @property
+    def keys(self) -> int:
+        """L, which no position reaches."""
+        return self.past + self.positions.shape[1]
+
     def within(self, window: int | None) -> SequenceLayout:
         """The same batch where a query sees itself and the ``window - 1`` tokens before it; None: all before it."""
+        if window == self.window:
+            return self
         if window not in self._windowed:
             self._windowed[window] = replace(self, window=window)
         return self._windowed[window]
@@ -52,11 +59,11 @@ class SequenceLayout:
     @cached_property
     def _windowed(self) -> dict[int | None, SequenceLayout]:
         """Layers with the same window share one layout, and so one mask."""
-        return {self.window: self}
+        return {}
 
     def in_chunks(self, size: int) -> SequenceLayout:
         """The same batch where a query sees tokens of its own chunk only: positions 0 to size - 1, and so on."""
-        keys = self.past + self.positions.shape[1]
+        keys = self.keys
         if keys <= size:
             return self
         if size not in self._chunked:
@@ -75,7 +82,7 @@ class SequenceLayout:
         if self.past == 0:
             return self.positions
         if self.segments is None:
-            return torch.arange(self.past + self.positions.shape[1], device=self.positions.device)[None]
+            return torch.arange(self.keys, device=self.positions.device)[None]
         return ((self.segments >= 0).cumsum(1) - 1).clamp(min=0)  # with cached tokens there are no documents
 
     @cached_property
@@ -84,17 +91,15 @@ class SequenceLayout:
 
         Padding queries see padding keys (themselves at least), so that no row is empty: an empty row is NaN in softmax.
         """
-        new = self.positions.shape[1]
-        keys = self.past + new
-        if self.segments is None and (self.window is None or keys <= self.window) and (self.past == 0 or new == 1):
+        follows = self.past == 0 or self.positions.shape[1] == 1
+        if self.segments is None and (self.window is None or self.keys <= self.window) and follows:
             return None
         return self.visible
 
     @cached_property
     def visible(self) -> Tensor:
         """``mask`` where plain causality is written out as well."""
-        new = self.positions.shape[1]
-        keys, device = self.past + new, self.positions.device
+        keys, device = self.keys, self.positions.device
         query = torch.arange(self.past, keys, device=device)[:, None]
         key = torch.arange(keys, device=device)
         visible = key <= query

@@ -105,7 +105,7 @@ def forward_stage(
     )
     if hasattr(stage, "embed_tokens"):
         x = stage.embed_tokens(x)
-    rotary = stage.rotary(layout.positions, x.dtype)
+    rotary = stage.rotary(layout.positions, layout.keys, x.dtype)
     outputs = []
     for block in stage.layers:
         x, routing = block(x, layout, rotary, None)
