@@ -32,7 +32,7 @@ def _read(fields: Fields) -> EncoderDecoderConfig:
         expert_capacity=fields.size("expert_capacity"),
         layer_interval=intervals.pop(),
     )
-    return read_stacks(fields, tied=fields.take(bool, "tie_word_embeddings", True), ffn="relu", moe=moe)
+    return read_stacks(fields, tied=True, ffn="relu", moe=moe)
 
 
 _FIXED = {
@@ -44,6 +44,7 @@ _FIXED = {
     "router_type": "tokens_masked",
     "batch_prioritized_routing": False,
     "num_selected_experts": 1,
+    "tie_word_embeddings": True,
 }
 
 
