@@ -15,7 +15,7 @@ def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
     On the CPU every block that torch's allocator hands out and takes back is counted, with the temporary ones inside
     operations; scratch space that a library such as oneDNN allocates for itself is not seen. The number is exact
     and the same in every run, where the resident size of a process depends on what the allocator kept. Memory that was
-    there before and is freed counts as negative. On a GPU it is the peak that torch's caching allocator reports.
+    there before and is freed is not subtracted. On a GPU it is the peak that torch's caching allocator reports.
 
     Args:
         function: Called once, and slower than usual: warm it up before, and time it elsewhere.

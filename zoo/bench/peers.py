@@ -45,7 +45,9 @@ def exported(model: Decoder, spec: ModelSpec) -> Iterator[Path]:
 def in_transformers(published: Path, options: Options) -> PreTrainedModel:
     """The model of a published directory as transformers loads it, in eval mode, of the options' dtype and device."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(published, dtype=options.dtype)
     nn.Module.to(model, options.device)
     return model.eval()

@@ -27,6 +27,7 @@ COMMANDS = {
     "plan": ("zoo.cli.plan", "how to spread a model over GPUs: memory, traffic and time of every layout"),
     "card": ("zoo.cli.card", "sizes and costs of a model, from its config alone"),
     "diff": ("zoo.cli.diff", "how two architectures differ, as a table"),
+    "bench": ("zoo.cli.bench", "our times beside those of peers and of the limit"),
     "new-family": ("zoo.cli.new_family", "begin a family from the config.json of a published model"),
 }
 """Command → (module, one-line help). A module has ``add_arguments(parser)`` and ``run(args) -> int``; ``fit``, whose
