@@ -10,6 +10,7 @@ peak that their matrix products reached: the planner assumes the same for all.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from zoo.accounting import attention_flops
 from zoo.cli.text import columns
@@ -86,7 +87,7 @@ def explain(work: Workload) -> list[tuple[str, float]]:
 def main() -> None:
     """Print the table."""
     work = Workload(
-        config=find_spec("deepseek-v3").model,
+        config=replace(find_spec("deepseek-v3").model, mtp_depth=0),
         gpu=find_gpu("h800"),
         gpus=2048,
         sequence_length=LENGTH,

@@ -8,19 +8,23 @@ Conventions
     *Active* parameters are those that the computation of one token may read: everything except the routed experts
     that were not chosen. Both vocabulary matrices count in full, as in Mixtral's and Qwen's published figures;
     ``active_without_embedding`` leaves the input table out (a token reads one row of it), as DeepSeek-V2's do.
+    *MTP modules* (``mtp_depth``) are counted apart, as in DeepSeek-V3's figures: a model runs without them. They are in
+    ``with_mtp``, in ``count_buffers``, in the bytes of weights and in the FLOPs of training, and nowhere else. Their
+    embedding and output head are the model's own.
     *FLOPs* are those of matrix products, a multiply-add being two: twice the weights that a token is multiplied with
     (the output head included, tied or not; the embedding look-up not), plus attention scores and values over the
     positions that a causal query really sees, averaged over a sequence. In a Mamba layer the recurrence h = a·h + b,
     its read-out c·h and the convolution take the place of scores and values: a multiply-add for each number of state,
     another to read it, and one for each token of the convolution. Training is three times the forward pass (the
-    backward pass multiplies by weights and by activations, arXiv 2001.08361 section 2.1); recomputation is not counted.
+    backward pass multiplies by weights and by activations, arXiv 2001.08361 section 2.1), that of MTP modules and of
+    the head on each of them included; recomputation is not counted.
 
 Shapes: D model, H heads, S sequence, V vocabulary, E experts, K top-k.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from zoo.config import AttentionConfig, MambaConfig, MLAConfig, ModelConfig, MoEConfig
@@ -45,10 +49,13 @@ class LayerParameters:
     """The K of them that one token goes through."""
     shared_experts: int = 0
     """With their gate, where there is one."""
+    mtp_input: int = 0
+    """Of an MTP module: the projection of embedding and hidden state, and the norms before it and of the output."""
 
     @property
     def total(self) -> int:
-        return self.norms + self.mixer + self.dense_ffn + self.router + self.routed_experts + self.shared_experts
+        ffn = self.dense_ffn + self.router + self.routed_experts + self.shared_experts
+        return self.norms + self.mixer + ffn + self.mtp_input
 
     @property
     def active(self) -> int:
@@ -64,10 +71,17 @@ class Parameters:
     """0 where the embedding is tied to it."""
     final_norm: int
     layers: tuple[LayerParameters, ...]
+    mtp: tuple[LayerParameters, ...] = ()
+    """The MTP modules."""
 
     @property
     def total(self) -> int:
         return self.embedding + self.lm_head + self.final_norm + sum(layer.total for layer in self.layers)
+
+    @property
+    def with_mtp(self) -> int:
+        """All that a checkpoint holds."""
+        return self.total + sum(module.total for module in self.mtp)
 
     @property
     def active(self) -> int:
@@ -80,13 +94,14 @@ class Parameters:
 
 
 def count_parameters(config: ModelConfig) -> Parameters:
-    """Parameters of the model that ``config`` describes, equal to those of ``Decoder(config)``."""
+    """Parameters of the model that ``config`` describes; ``with_mtp`` are those of ``Decoder(config)``."""
     vocabulary = config.vocab_size * config.hidden_size
     return Parameters(
         embedding=vocabulary,
         lm_head=0 if config.tie_word_embeddings else vocabulary,
         final_norm=config.hidden_size,
         layers=tuple(_layer(config, layer) for layer in range(config.num_layers)),
+        mtp=tuple(_mtp_module(config, config.num_layers + k) for k in range(config.mtp_depth)),
     )
 
 
@@ -94,12 +109,12 @@ def count_buffers(config: ModelConfig) -> int:
     """Elements of the fp32 selection biases, which a checkpoint holds beside the parameters."""
     if config.moe is None or not config.moe.router_bias:
         return 0
-    return config.moe.num_experts * _num_moe_layers(config)
+    return config.moe.num_experts * sum(map(config.is_moe_layer, range(config.num_layers + config.mtp_depth)))
 
 
 def weight_bytes(config: ModelConfig, itemsize: int) -> int:
     """Bytes of a checkpoint whose parameters take ``itemsize`` bytes each; selection biases stay fp32."""
-    return count_parameters(config).total * itemsize + count_buffers(config) * FP32_BYTES
+    return count_parameters(config).with_mtp * itemsize + count_buffers(config) * FP32_BYTES
 
 
 def cache_elements_per_token(config: ModelConfig) -> int:
@@ -167,7 +182,14 @@ def _visible_in_layer(attention: AttentionConfig, layer: int, sequence_length: i
 
 def training_flops(config: ModelConfig, sequence_length: int) -> float:
     """FLOPs of the forward and backward pass per token, averaged over a sequence of ``sequence_length`` tokens."""
-    return TRAINING_OVER_FORWARD * forward_flops(config, sequence_length)
+    forward = forward_flops(config, sequence_length)
+    for k, module in enumerate(count_parameters(config).mtp):
+        layer = config.num_layers + k
+        weights = (
+            module.active - _non_matmul(config, layer) - _mtp_norms(config) + config.vocab_size * config.hidden_size
+        )
+        forward += 2.0 * weights + _mixing_flops(config, layer, sequence_length)
+    return TRAINING_OVER_FORWARD * forward
 
 
 def summary(config: ModelConfig, sequence_length: int) -> dict[str, Any]:
@@ -183,6 +205,7 @@ def summary(config: ModelConfig, sequence_length: int) -> dict[str, Any]:
             "lm_head": parameters.lm_head,
             "final_norm": parameters.final_norm,
             "layers": [{**asdict(p), "total": p.total, "active": p.active} for p in parameters.layers],
+            "mtp": [{**asdict(p), "total": p.total, "active": p.active} for p in parameters.mtp],
         },
         "buffers": count_buffers(config),
         "flops_per_token": {
@@ -212,6 +235,14 @@ def _layer(config: ModelConfig, layer: int) -> LayerParameters:
         active_experts=moe.top_k * expert,
         shared_experts=moe.num_shared_experts * matrices + (width if moe.shared_expert_gate else 0),
     )
+
+
+def _mtp_module(config: ModelConfig, layer: int) -> LayerParameters:
+    return replace(_layer(config, layer), mtp_input=2 * config.hidden_size**2 + _mtp_norms(config))
+
+
+def _mtp_norms(config: ModelConfig) -> int:
+    return 3 * config.hidden_size
 
 
 def _mixer_parameters(config: ModelConfig, layer: int) -> int:
@@ -304,10 +335,6 @@ def _mean_visible(sequence_length: int, window: int | None) -> float:
 
 def _num_mamba_layers(config: ModelConfig) -> int:
     return sum(config.is_mamba_layer(layer) for layer in range(config.num_layers))
-
-
-def _num_moe_layers(config: ModelConfig) -> int:
-    return sum(config.is_moe_layer(layer) for layer in range(config.num_layers))
 
 
 def _attention(config: ModelConfig) -> AttentionConfig:

@@ -10,7 +10,6 @@ from functools import cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pool import TIMEOUT
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -106,6 +105,7 @@ MODELS = {
     ),
     "dense": ModelConfig(**_BASE, attention=_GQA),
 }
+MODELS["mtp"] = dataclasses.replace(MODELS["deepseek-v3"], mtp_depth=1)
 
 
 def model_config(name: str) -> ModelConfig:
@@ -198,8 +198,10 @@ def batch(vocab_size: int, step: int, data_rank: int, micro: int) -> Batch:
 
 def micro_loss(model: Decoder, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(sum over labels of all losses, expert counts [L, E])."""
-    out = model(ids)
-    loss = F.cross_entropy(out.logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    out = model(ids, logits_to_keep=None, mtp=True)
+    loss = model.nll(out.hidden, labels)
+    for hidden in out.mtp_hidden:
+        loss = loss + 0.3 * model.nll(hidden[:, :-1], labels[:, 1:])
     if not out.router_outputs:
         return loss, torch.zeros(0, 0, dtype=torch.int64)
     count = (labels != -100).sum()

@@ -41,11 +41,13 @@ def test_layout_equals_one_process(pools: Pools, model: str, layout: str) -> Non
     [
         ("gpt-oss", "fsdp2_ep2"),
         ("llama4", "tp2_ep2"),
+        ("mtp", "tp2_ep2"),
+        ("mtp", "fsdp2_ep2"),
         ("jamba-tiny", "tp2_ep2"),
         pytest.param("jamba-tiny", "fsdp2", marks=pytest.mark.slow),
     ],
 )
-def test_other_experts_are_spread_like_these(pools: Pools, model: str, layout: str) -> None:
+def test_other_blocks_are_spread_like_these(pools: Pools, model: str, layout: str) -> None:
     check(pools, Run(model), LAYOUTS[layout])
 
 

@@ -154,31 +154,38 @@ class TestTiedHead:
 class TestLeftOut:
     """What a family declares as not part of the model is left out, said so, and nothing else is."""
 
-    @pytest.fixture
-    def source(self, tmp_path: Path) -> Path:
-        source = published(small("deepseek-v3-tiny"), tmp_path / "v3", num_nextn_predict_layers=1)
-        rewrite(source, lambda tensors: tensors.update({"model.layers.2.eh_proj.weight": torch.zeros(4, 8)}))
-        return source
-
-    def test_mtp_layer(self, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["import", str(source), str(tmp_path / "out")]) == 0
-        assert "left out, as not part of the model (1 in all): model.layers.2.eh_proj.weight" in capsys.readouterr().out
-        assert len(load(tmp_path / "out").layers) == 2
-
-    def test_layer_after_the_mtp_layers(self, source: Path) -> None:
-        rewrite(source, lambda tensors: tensors.update({"model.layers.3.eh_proj.weight": torch.zeros(4, 8)}))
-        refused(source, r"'model.layers.3.eh_proj.weight' has no place in the model")
-
-    def test_layer_that_the_config_does_not_announce(self, tmp_path: Path) -> None:
-        source = published(small("deepseek-v3-tiny"), tmp_path / "v3")
-        rewrite(source, lambda tensors: tensors.update({"model.layers.2.eh_proj.weight": torch.zeros(4, 8)}))
-        refused(source, r"'model.layers.2.eh_proj.weight' has no place in the model")
-
-    def test_rotary_frequencies_of_old_checkpoints(self, tmp_path: Path) -> None:
+    def test_rotary_frequencies_of_old_checkpoints(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         source = published(small("llama-tiny"), tmp_path / "llama")
         name = "model.layers.1.self_attn.rotary_emb.inv_freq"
         rewrite(source, lambda tensors: tensors.update({name: torch.zeros(16)}))
         assert import_checkpoint(source, tmp_path / "out").left_out == (name,)
+        assert main(["import", str(source), str(tmp_path / "again")]) == 0
+        assert f"left out, as not part of the model (1 in all): {name}" in capsys.readouterr().out
+
+
+class TestPredictionModules:
+    """MTP modules are imported like any layer, and what they share with the model must be equal."""
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Path:
+        spec = small("deepseek-v3-tiny")
+        model = dataclasses.replace(spec.model, mtp_depth=1)
+        return published(dataclasses.replace(spec, model=model), tmp_path / "v3")
+
+    @pytest.mark.parametrize("name", ["embed_tokens", "shared_head.head"])
+    def test_copy_that_differs(self, source: Path, name: str) -> None:
+        rewrite(source, lambda tensors: tensors[f"model.layers.2.{name}.weight"][-1, -1].add_(1))
+        refused(source, f"'model.layers.2.{name}.weight' differs from .* but the model has one for both")
+
+    def test_module_that_is_announced_and_missing(self, source: Path) -> None:
+        """As transformers saves a model that it loaded."""
+        rewrite(source, lambda tensors: [tensors.pop(n) for n in list(tensors) if n.startswith("model.layers.2.")])
+        refused(source, r"tensor 'model.layers.2.embed_tokens.weight' is missing .*check that the config fits")
+
+    def test_module_that_the_config_does_not_announce(self, source: Path) -> None:
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
+        refused(source, r"'model.layers.2.eh_proj.weight' has no place in the model|'model.layers.2.embed_tokens")
 
 
 class TestFiles:

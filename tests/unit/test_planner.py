@@ -38,19 +38,25 @@ from zoo.parallel.plan import ExpertRule, load_plan
 from zoo.parallel.planner import Result, divisors, search
 from zoo.registry import find_spec, model_names
 
-MIXTRAL, DEEPSEEK = find_spec("mixtral-8x7b").model, find_spec("deepseek-v3").model
+
+def model_of(name: str) -> ModelConfig:
+    """Without MTP modules, which are not planned."""
+    return dataclasses.replace(find_spec(name).model, mtp_depth=0)
+
+
+MIXTRAL, DEEPSEEK = model_of("mixtral-8x7b"), model_of("deepseek-v3")
 H100 = find_gpu("h100")
 
 
 def units_of(name: str, plan: str) -> Units:
-    return resolve_units(find_spec(name).model, load_plan(plan), "bf16-mixed")[0]
+    return resolve_units(model_of(name), load_plan(plan), "bf16-mixed")[0]
 
 
 MIXTRAL_UNITS, DEEPSEEK_UNITS = units_of("mixtral-8x7b", "tp_ep_fsdp"), units_of("deepseek-v3", "tp_ep_fsdp")
 
 
 def work(name: str = "mixtral-8x7b", gpus: int = 64, batch: int = 64, length: int = 4096) -> Workload:
-    config = find_spec(name).model
+    config = model_of(name)
     return Workload(config=config, gpu=H100, gpus=gpus, sequence_length=length, global_batch=batch)
 
 
@@ -61,7 +67,7 @@ def work(name: str = "mixtral-8x7b", gpus: int = 64, batch: int = 64, length: in
 
 @pytest.mark.parametrize("name", [name for name in model_names() if find_spec(name).model.moe])
 def test_one_rank_holds_every_parameter(name: str) -> None:
-    config = find_spec(name).model
+    config = model_of(name)
     held = holdings(config, units_of(name, "ep_fsdp"), MeshSizes(), "32-true").whole
     assert held.at_rest == held.gathered == count_parameters(config).total
 
@@ -167,7 +173,7 @@ def saved_bytes(config: ModelConfig, ids: torch.Tensor) -> int:
 )
 def test_activations_are_what_autograd_saves(name: str) -> None:
     """In fp32 on one process, within 3%; the CPU's norms, which are not fused, save their normalised input as well."""
-    config = find_spec(name).model
+    config = model_of(name)
     latents = 0
     if config.mla:  # the CPU has no flash kernel for values of another size than keys
         mla = dataclasses.replace(config.mla, v_head_dim=config.mla.qk_nope_head_dim + config.mla.qk_rope_head_dim)
@@ -209,7 +215,7 @@ def test_memory_follows_the_setting(name: str, units: Units) -> None:
 
     def peak(setting: Setting, tensor: int = 1) -> float:
         sizes = MeshSizes(data_shard=64 // tensor, tensor=tensor, expert=8)
-        held = holdings(find_spec(name).model, units, sizes, "bf16-mixed")
+        held = holdings(model_of(name), units, sizes, "bf16-mixed")
         return sum(peak_memory(work(name, batch=256), sizes, held, setting).values())
 
     kept = [peak(Setting(4, 1, recompute, True)) for recompute in ("none", "experts", "block")]
@@ -369,7 +375,7 @@ def test_links_by_hand() -> None:
 
 @pytest.mark.parametrize("name", ["mixtral-8x7b", "deepseek-v3", "qwen2-57b-a14b", "qwen3-30b-a3b", "llama-3-8b"])
 def test_one_rank_computes_what_accounting_says(name: str) -> None:
-    config = find_spec(name).model
+    config = model_of(name)
     units = units_of(name, "fsdp")
     assert rank_flops(config, units, MeshSizes(), 4096) == pytest.approx(training_flops(config, 4096))
 
@@ -447,7 +453,7 @@ RECURRENT = [name for name in model_names() if find_spec(name).model.mamba]
     st.sampled_from(list(GPUS.values())),
 )
 def test_no_figure_is_absurd(name: str, power: int, rows: int, gpu: Gpu) -> None:
-    config, gpus = find_spec(name).model, 2**power
+    config, gpus = model_of(name), 2**power
     length = min(4096, config.max_position_embeddings)
     asked = Workload(config=config, gpu=gpu, gpus=gpus, sequence_length=length, global_batch=rows * gpus)
     for one in search(asked).fitting:
@@ -464,6 +470,15 @@ def test_no_figure_is_absurd(name: str, power: int, rows: int, gpu: Gpu) -> None
 def test_recurrent_layers_are_not_estimated(name: str) -> None:
     with pytest.raises(ValueError, match="mamba: memory and time of recurrent layers are not estimated; choose a plan"):
         work(name)
+
+
+def test_prediction_modules_are_not_estimated(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(
+        ValueError, match="mtp_depth = 1: memory and time of MTP modules are not estimated; plan the model"
+    ):
+        Workload(config=find_spec("deepseek-v3").model, gpu=H100, gpus=8, sequence_length=4096, global_batch=8)
+    assert main(["plan", "deepseek-v3", "--gpus", "8", "--layout", "fsdp"]) == 1
+    assert "deepseek-v3 without its MTP modules on 8 h100" in capsys.readouterr().out
 
 
 def test_one_gpu() -> None:

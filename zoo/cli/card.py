@@ -18,7 +18,8 @@ EXAMPLE = """examples:
   zoo card deepseek-v3 --svg deepseek-v3.svg
 """
 
-BLOCKS = ("norms", "mixer", "dense_ffn", "router", "routed_experts", "shared_experts", "total", "active")
+BLOCKS = ("norms", "mixer", "dense_ffn", "router", "routed_experts", "shared_experts")
+SUMS = ("total", "active")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "FLOPs per token, bytes of weights and of the KV cache. Nothing is built or downloaded.\n\n"
         "Active parameters are all but the routed experts that a token does not go through; both vocabulary\n"
         "matrices count. FLOPs are those of matrix products (a multiply-add is two), attention averaged over a causal\n"
-        "sequence; training is three times the forward pass."
+        "sequence; training is three times the forward pass. MTP modules are counted apart from all but training."
     )
     parser.epilog = EXAMPLE
     parser.add_argument("name", metavar="NAME", help="name from `zoo list`, YAML file, or checkpoint directory")
@@ -44,9 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from zoo.accounting import summary
-    from zoo.registry import find_spec
+    from zoo.encoder_decoder_config import EncoderDecoderSpec
+    from zoo.registry import find_any_spec
 
-    spec = find_spec(args.name)
+    spec = find_any_spec(args.name)
+    if isinstance(spec, EncoderDecoderSpec):
+        from zoo.cli.encoder_decoder_card import show
+
+        show(spec, args)
+        return 0
     card = {
         "name": spec.name,
         "family": spec.family,
@@ -104,7 +111,10 @@ def _counts(card: dict[str, Any]) -> list[tuple[str, str, str]]:
 
     labels = {"total": "parameters", "active": "active", "active_without_embedding": "active without input embedding"}
     parameters = card["parameters"]
-    return [(label, short(parameters[key]), f"{parameters[key]:,}") for key, label in labels.items()]
+    counts = [(label, parameters[key]) for key, label in labels.items()]
+    if parameters["mtp"]:
+        counts.append(("of MTP modules, not counted above", sum(module["total"] for module in parameters["mtp"])))
+    return [(label, short(count), f"{count:,}") for label, count in counts]
 
 
 def _costs(card: dict[str, Any]) -> list[tuple[str, str]]:
@@ -131,12 +141,18 @@ def _published(total: str, active: str, input_embedding: bool, cut: bool) -> str
 def _layer_rows(card: dict[str, Any]) -> list[list[str]]:
     """Parameters by layer and block; equal layers that follow each other share a row."""
     parameters = card["parameters"]
-    rows = [["layers", *BLOCKS], ["embedding", *[""] * 6, *[f"{parameters['embedding']:,}"] * 2]]
-    layers = list(enumerate(parameters["layers"]))
-    for layer, group in groupby(layers, key=lambda item: item[1]):
-        indices = [index for index, _ in group]
-        label = str(indices[0]) if len(indices) == 1 else f"{indices[0]} to {indices[-1]}, each"
-        rows.append([label, *[f"{layer[block]:,}" if layer[block] else "-" for block in BLOCKS]])
-    rows.append(["final norm", *[""] * 6, *[f"{parameters['final_norm']:,}"] * 2])
-    head = f"{parameters['lm_head']:,}" if parameters["lm_head"] else "tied"
-    return [*rows, ["lm_head", *[""] * 6, head, head]]
+    blocks = (*BLOCKS, "mtp_input") if parameters["mtp"] else BLOCKS
+
+    def whole(label: str, count: int | str) -> list[str]:
+        """A row of something that is no layer."""
+        shown = count if isinstance(count, str) else f"{count:,}"
+        return [label, *[""] * len(blocks), *[shown] * len(SUMS)]
+
+    rows = [["layers", *blocks, *SUMS], whole("embedding", parameters["embedding"])]
+    named = [*enumerate(parameters["layers"]), *((f"MTP {k}", m) for k, m in enumerate(parameters["mtp"], start=1))]
+    for (layer, _), group in groupby(named, key=lambda item: (item[1], isinstance(item[0], str))):
+        names = [name for name, _ in group]
+        label = str(names[0]) if len(names) == 1 else f"{names[0]} to {names[-1]}, each"
+        rows.append([label, *[f"{layer[block]:,}" if layer[block] else "-" for block in (*blocks, *SUMS)]])
+    rows.append(whole("final norm", parameters["final_norm"]))
+    return [*rows, whole("lm_head", parameters["lm_head"] or "tied")]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zoo.config import ModelConfig
     from zoo.parallel.estimate import Estimate, Workload
     from zoo.parallel.planner import Rejected, Result, Sizes
 
@@ -19,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "How to train a model on a number of GPUs, from its config alone: every layout of data, tensor and expert\n"
         "parallelism, with the memory it takes, the bytes it sends and the time of a step on each GPU. Those that fit\n"
         "are ranked, fastest first; for those that do not, the reason is given. Nothing is run: the time is that of\n"
-        "a cost model, which docs/plan.md states and compares with published runs. No pipeline parallelism is planned."
+        "a cost model, which docs/plan.md states and compares with published runs. No pipeline parallelism is planned\n"
+        "and MTP modules are left out: they need room besides."
     )
     parser.epilog = (
         "examples:\n  zoo plan mixtral-8x7b --gpus 64 --gpu h100\n"
@@ -46,26 +48,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from dataclasses import replace
+
     from tqdm import tqdm
 
     from zoo.parallel.planner import search
+    from zoo.registry import find_spec
 
-    work = _workload(args)
+    config = find_spec(args.name).model
+    name = f"{args.name} without its MTP modules" if config.mtp_depth else args.name
+    work = _workload(args, replace(config, mtp_depth=0))
 
     def track(sizes: list[Sizes], plan: str) -> Any:
         return tqdm(sizes, desc=plan, unit="layout", leave=False, disable=None)
 
     result = search(work, _layout(args.layout) if args.layout else None, track)
-    print(json.dumps(_json(args.name, work, result), indent=2) if args.json else _text(args, work, result))
+    print(json.dumps(_json(name, work, result), indent=2) if args.json else _text(name, args.show, work, result))
     return 0 if result.fitting else 1
 
 
-def _workload(args: argparse.Namespace) -> Workload:
+def _workload(args: argparse.Namespace, config: ModelConfig) -> Workload:
     from zoo.parallel.estimate import EFFICIENCY, Workload
     from zoo.parallel.hardware import find_gpu
-    from zoo.registry import find_spec
 
-    config = find_spec(args.name).model
     length = args.sequence_length
     if length is None:
         length = min(DEFAULT_LENGTH, config.max_position_embeddings)
@@ -134,15 +139,15 @@ def _json(name: str, work: Workload, result: Result) -> dict[str, Any]:
     }
 
 
-def _text(args: argparse.Namespace, work: Workload, result: Result) -> str:
+def _text(name: str, show: int, work: Workload, result: Result) -> str:
     parts = [
-        f"{args.name} on {work.gpus:,} {work.gpu.name}: {work.global_batch:,} sequences of {work.sequence_length:,} "
+        f"{name} on {work.gpus:,} {work.gpu.name}: {work.global_batch:,} sequences of {work.sequence_length:,} "
         f"tokens a step, {work.precision}, {work.efficiency:.0%} of the peak"
     ]
     if result.fitting:
-        parts += [_ranking(work, result.fitting[: args.show]), _details(result.fitting[0])]
-    if len(result.fitting) > args.show:
-        parts.insert(2, f"and {len(result.fitting) - args.show:,} slower ones that fit")
+        parts += [_ranking(work, result.fitting[:show]), _details(result.fitting[0])]
+    if len(result.fitting) > show:
+        parts.insert(2, f"and {len(result.fitting) - show:,} slower ones that fit")
     if result.rejected:
         parts.append(_reasons(result.rejected))
     return "\n\n".join(parts)

@@ -27,6 +27,7 @@ LABELS: dict[str, tuple[str, str]] = {
     "vocab_size": ("Model", "vocabulary"),
     "max_position_embeddings": ("Model", "context, tokens"),
     "tie_word_embeddings": ("Model", "tied embeddings"),
+    "mtp_depth": ("Model", "MTP modules"),
     "norm": ("Model", "norm"),
     "norm_placement": ("Model", "norms stand"),
     "norm_eps": ("Model", "norm ε"),

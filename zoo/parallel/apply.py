@@ -220,7 +220,7 @@ def _sum_key_gradient(mesh: DeviceMesh, size: int, module: nn.Module, args: Any,
 def _apply_recompute(model: Decoder, recompute: Literal["none", "experts", "block"]) -> None:
     modules: list[nn.Module] = []
     if recompute == "block":
-        modules = list(model.layers)
+        modules = [*model.layers, *model.mtp]
     elif recompute == "experts":
         modules = [moe.experts for _, moe in moe_layers(model)]
     for module in modules:
@@ -232,7 +232,7 @@ def _apply_compile(model: Decoder, backend: str) -> None:
         if isinstance(moe.dispatcher, ExchangeDispatcher):
             # The host decides how much is sent where: that is not traced, and the rest of the block is.
             replace_forward(moe, torch.compiler.disable(moe.forward))
-    for block in model.layers:
+    for block in (*model.layers, *model.mtp):
         block.compile(backend=backend)
 
 

@@ -71,6 +71,11 @@ class Workload:
                 "mamba: memory and time of recurrent layers are not estimated; choose a plan and its sizes by hand "
                 "(fsdp, ep_fsdp and tp_ep_fsdp take the model)"
             )
+        if self.config.mtp_depth:
+            raise ValueError(
+                f"mtp_depth = {self.config.mtp_depth}: memory and time of MTP modules are not estimated; plan the "
+                "model without them (mtp_depth: 0), and leave them a part of the memory"
+            )
         if self.sequence_length > self.config.max_position_embeddings:
             raise ValueError(
                 f"sequence_length = {self.sequence_length}: the model has positions up to "

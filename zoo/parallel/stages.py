@@ -4,7 +4,7 @@ A stage is a ``Decoder`` that has kept a run of its layers: the first stage the 
 norm and the output head. What it has keeps its name, so that plans, initial weights and checkpoints are those of the
 whole model.
 
-Shapes: B batch, S sequence, D model, V vocabulary.
+Shapes: B batch, S sequence, D model.
 """
 
 from __future__ import annotations
@@ -61,9 +61,14 @@ def cut(model: Decoder, layers: range) -> Decoder:
     """Take out of ``model`` what does not belong to the stage with ``layers``.
 
     Raises:
-        ValueError: input and output embedding are one matrix, which two stages would need.
+        ValueError: input and output embedding are one matrix, or there are MTP modules: two stages would need the same.
     """
     config = model.config
+    if config.mtp_depth and len(layers) < config.num_layers:
+        raise ValueError(
+            f"pipeline: mtp_depth = {config.mtp_depth}: an MTP module needs the embedding of the first stage and the "
+            "head of the last; set mtp_depth to 0"
+        )
     if config.tie_word_embeddings and len(layers) < config.num_layers:
         raise ValueError("pipeline: tie_word_embeddings = true: the first and the last stage would share a matrix")
     for layer in set(range(config.num_layers)).difference(layers):
@@ -90,11 +95,11 @@ def forward_stage(
         router_loss: Called with the routing of the stage's MoE layers and the batch, if there are any. The backward
             pass through the result is that of the scalar that it returns, too.
         x: input_ids [B, S] in the first stage, hidden [B, S, D] in the others.
-        labels: [B, S]; here it only says how much there is.
+        labels: [B, S], -100 to ignore; all but the last stage only see how much there is.
         others: The rest of the batch.
 
     Returns:
-        hidden [B, S, D], or in the last stage logits [B, S, V].
+        hidden [B, S, D], or in the last stage the sum of −ln p of the labels, a scalar.
     """
     layout = sequence_layout(
         labels,
@@ -114,7 +119,7 @@ def forward_stage(
     loss = router_loss(outputs, {"labels": labels, **others}) if outputs else None
     if loss is not None:
         x = _WithLoss.apply(x, loss)
-    return stage.logits(stage.norm(x)) if hasattr(stage, "norm") else x
+    return stage.nll(stage.norm(x), labels) if hasattr(stage, "norm") else x
 
 
 class _WithLoss(torch.autograd.Function):

@@ -19,7 +19,7 @@ from zoo.families.base import quantization
 from zoo.registry import published_spec, read_json
 from zoo.weights.hub import download, is_hub_id
 from zoo.weights.mxfp4 import Mxfp4Source
-from zoo.weights.ops import Op, Region, Shape, source_shapes
+from zoo.weights.ops import Copies, Op, Region, Shape, source_shapes
 from zoo.weights.source import TensorSource, check_copy, check_tensors, refuse_pickle
 from zoo.weights.target import MAX_SHARD_BYTES, copy_tokenizer, new_directory, write_tensors
 
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 PUBLISHED_HEAD = "lm_head.weight"
 """Stored by some checkpoints although it is tied to the embedding."""
+
+TIED = "config.json ties them; set tie_word_embeddings to false there"
+SHARED = "the model has one for both; give a checkpoint in which they are equal"
 
 Named = Iterator[tuple[str, "Tensor"]]
 
@@ -213,11 +216,13 @@ class PublishedTensors:
     copies: tuple[str, ...]
     """Names under which the embedding is stored again: an output head tied to it, for example."""
 
-    @property
-    def embedding(self) -> str:
-        """Published name of the input embedding."""
-        (name,) = next(op.sources for op in self.ops if op.targets == ("embed_tokens.weight",))
-        return name
+    def repeated(self) -> Iterator[tuple[str, str, str]]:
+        """(copy, original, what is to be said where they differ) of tensors that must be another one again."""
+        for op in self.ops:
+            if op.targets == ("embed_tokens.weight",):
+                yield from ((copy, op.sources[0], TIED) for copy in self.copies)
+            if isinstance(op, Copies):
+                yield from ((copy, op.sources[0], SHARED) for copy in op.sources[1:])
 
 
 def published_tensors(spec: AnySpec, hf: Mapping[str, Any], names: Collection[str]) -> PublishedTensors:
@@ -246,8 +251,8 @@ def open_published(directory: Path) -> Iterator[tuple[AnySpec, Stream]]:
         order = {name: i for i, name in enumerate(parameter_shapes(spec.model))}
         ops = sorted(published.ops, key=lambda op: order[op.targets[0]])
         left_out = check_tensors(source, published.shapes, ops, published.ignored)
-        for copy in published.copies:
-            check_copy(source, copy, published.embedding)
+        for copy, original, why in published.repeated():
+            check_copy(source, copy, original, why)
         yield spec, Stream(ops, source, left_out=left_out)
 
 

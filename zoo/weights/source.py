@@ -218,8 +218,8 @@ def misfits(found: Mapping[str, Entry], expected: Mapping[str, Shape], ops: Iter
             yield group[0].path, f"{op.sources[0]!r} and its group mix dtypes {dtypes}; save them in one"
 
 
-def check_copy(source: TensorSource, copy: str, original: str) -> None:
-    """Check that the tensor ``copy`` is the ``original`` again, a few rows at a time.
+def check_copy(source: TensorSource, copy: str, original: str, why: str) -> None:
+    """Check that the tensor ``copy`` is the ``original`` again, a few rows at a time; ``why`` says what else to do.
 
     Raises:
         ValueError: they differ, so that leaving one out would lose weights.
@@ -230,10 +230,7 @@ def check_copy(source: TensorSource, copy: str, original: str) -> None:
         rows = (slice(start, min(start + COMPARED_ROWS, first.shape[0])), *(slice(0, n) for n in first.shape[1:]))
         same = same and source.read_region(copy, rows).equal(source.read_region(original, rows))
     if not same:
-        raise ValueError(
-            f"{first.path}: tensor {copy!r} differs from {original!r}, but config.json ties them; "
-            "set tie_word_embeddings to false there"
-        )
+        raise ValueError(f"{first.path}: tensor {copy!r} differs from {original!r}, but {why}")
 
 
 def _more(names: list[str]) -> str:

@@ -219,11 +219,12 @@ def _check_tensors(report: Report, spec: AnySpec, entries: dict[str, Entry]) -> 
     _compare(report, entries, published.shapes, published.ignored)
     for path, problem in misfits(entries, {}, published.ops):
         report.add(path, problem)
-    if published.copies and not report.findings:
+    repeated = list(published.repeated())
+    if repeated and not report.findings:
         with TensorSource(directory) as source:
-            for copy in published.copies:
+            for copy, original, why in repeated:
                 try:
-                    check_copy(source, copy, published.embedding)
+                    check_copy(source, copy, original, why)
                 except ValueError as error:
                     report.add(source.entries[copy].path, error)
 
