@@ -418,9 +418,9 @@ def load_spec(path: str | Path) -> ModelSpec:
 def not_a_decoder(name: str | Path) -> ValueError:
     """The error that ``name`` is an encoder-decoder where only decoders can be used, with what is missing."""
     return ValueError(
-        f"{name}: this is an encoder-decoder, and only decoders are trained, planned, matched and scored: there is no "
-        "data with corrupted spans to train it on, and no plan or harness adapter for two stacks; `zoo list`, `card`, "
-        "`import`, `export` and `verify` take it, and load_encoder_decoder of zoo.weights in Python"
+        f"{name}: this is an encoder-decoder, and only decoders are trained, scored, planned, matched and drawn: there "
+        "is no data with corrupted spans to train it on, and no plan or harness adapter for two stacks; `zoo list`, "
+        "`card`, `import`, `export` and `verify` take it, and load_encoder_decoder of zoo.weights in Python"
     )
 
 

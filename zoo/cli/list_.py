@@ -6,7 +6,10 @@ import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zoo.encoder_decoder_config import AnySpec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,9 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from zoo.cli.text import columns
-    from zoo.registry import checkpoints, model_names
+    from zoo.registry import checkpoints, encoder_decoder_names, model_names
 
-    models = [_model(name) for name in model_names()]
+    models = [_model(name) for name in sorted([*model_names(), *encoder_decoder_names()])]
     trained = [_checkpoint(name, directory) for name, directory in checkpoints().items()]
     if args.json:
         print(json.dumps({"models": models, "checkpoints": trained}, indent=2))
@@ -35,33 +38,34 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _model(name: str) -> dict[str, Any]:
-    from zoo.accounting import count_parameters
-    from zoo.registry import find_spec
+    from zoo.registry import find_any_spec
 
-    spec = find_spec(name)
+    spec = find_any_spec(name)
+    return {"name": name, "family": spec.family, **_sizes(spec), "source": spec.source}
+
+
+def _sizes(spec: AnySpec) -> dict[str, int]:
+    from zoo.accounting import count_parameters
+    from zoo.encoder_decoder_accounting import count_stack_parameters
+    from zoo.encoder_decoder_config import EncoderDecoderSpec
+
+    if isinstance(spec, EncoderDecoderSpec):
+        stacks = count_stack_parameters(spec.model)
+        return {"total": stacks.total, "active": stacks.active}
     parameters = count_parameters(spec.model)
-    return {
-        "name": name,
-        "family": spec.family,
-        "total": parameters.total,
-        "active": parameters.active,
-        "source": spec.source,
-    }
+    return {"total": parameters.total, "active": parameters.active}
 
 
 def _checkpoint(name: str, directory: Path) -> dict[str, Any]:
     """What is in ``directory``; scores only where the zoo released it."""
-    from zoo.accounting import count_parameters
-    from zoo.registry import RELEASE_FILE, find_spec, read_json
+    from zoo.registry import RELEASE_FILE, find_any_spec, read_json
 
-    spec = find_spec(directory)
-    parameters = count_parameters(spec.model)
+    spec = find_any_spec(directory)
     release = directory / RELEASE_FILE
     return {
         "name": name,
         "family": spec.family,
-        "total": parameters.total,
-        "active": parameters.active,
+        **_sizes(spec),
         "directory": str(directory),
         "bytes": sum(path.stat().st_size for path in directory.iterdir() if path.is_file()),
         "scores": read_json(release)["scores"] if release.is_file() else None,

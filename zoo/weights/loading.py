@@ -40,8 +40,7 @@ def load(
         ValueError: nothing to load under that name, a checkpoint that is not exactly what its config says, or an
             encoder-decoder.
     """
-    if str(source) in encoder_decoder_names() and not Path(source).exists():
-        raise not_a_decoder(source)  # before anything is downloaded
+    _expect_decoder(source)
     with _opened(source, progress) as (spec, tensors):
         model = skeleton(spec.model)
         if not isinstance(model, Decoder):
@@ -89,6 +88,7 @@ def load_with_tokenizer(
         raise ValueError(f"device = {device!r}: give a torch device, such as cpu or cuda:0") from None
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device = {device!r}: there is no CUDA device here; use cpu")
+    _expect_decoder(source)
     directory = checkpoint_directory(source)
     tokenizer = Tokenizer.load(directory)
     model = load(directory, dtype=torch_dtype, device=place, progress=progress)
@@ -166,6 +166,12 @@ def write_zoo(
             copy_tokenizer(Path(tokenizer_dir), aside, spec.model.vocab_size)
         write_tensors(aside, tensors, max_shard_bytes)
         save_spec(spec, aside / CONFIG_FILE)
+
+
+def _expect_decoder(source: str | Path) -> None:
+    """Refuse the name of an encoder-decoder before anything is downloaded."""
+    if str(source) in encoder_decoder_names() and not Path(source).exists():
+        raise not_a_decoder(source)
 
 
 @contextmanager
