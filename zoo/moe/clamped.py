@@ -32,6 +32,10 @@ class ClampedExperts(Experts):
         """See ``Experts``."""
         return self.gate_up, self.down, self.gate_up_bias, self.down_bias
 
+    def mixes(self, x: Tensor) -> bool:
+        """See ``Experts``; the blocks have no biases."""
+        return False
+
     def compute(self, rows: Tensor, counts: Tensor, *weights: Tensor) -> Tensor:
         """See ``Experts``."""
         gate_up, down, gate_up_bias, down_bias = weights

@@ -36,6 +36,26 @@ class _Sorted:
     """[N] row that assignment t·K + k was sorted to."""
 
 
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """Which token each routed row is a copy of, and what its result is multiplied with; rows are sorted by expert."""
+
+    token: Tensor
+    """[N] int64"""
+    weight: Tensor
+    """[N]"""
+    counts: Tensor
+    """[E] int64, rows of each expert."""
+
+
+def assign(routing: RouterOutput) -> Assignment:
+    """The rows of all T tokens, in the order of ``LocalDispatcher``."""
+    experts, order = routing.experts.flatten().sort(stable=True)
+    weight = routing.weights.flatten().index_select(0, order)
+    counts = run_lengths(experts, routing.scores.shape[-1])
+    return Assignment(order // routing.experts.shape[-1], weight, counts)
+
+
 class LocalDispatcher:
     """All experts at hand: one stable sort by expert, no token dropped."""
 

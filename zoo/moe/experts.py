@@ -1,6 +1,6 @@
 """The routed experts as stacked parameters, and the ways of computing them.
 
-Shapes: N routed rows sorted by expert, E experts, D model, F FFN.
+Shapes: T tokens, N routed rows sorted by expert, E experts, D model, F FFN.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.layers.ffn import Activation, gelu_tanh
+from zoo.moe.blocked import blocked_applies, mix_blocked
+from zoo.moe.dispatch import Assignment
 
 
 class Experts(nn.Module):
@@ -22,9 +24,23 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2, intermediate_size, hidden_size))
         self.down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
-    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """rows [N, D], counts [E] int64 rows of each expert in turn → [N, D]."""
-        return self.compute(rows, counts, *self.weights)
+    def forward(self, x: Tensor, of: Tensor | Assignment) -> Tensor:
+        """What experts make of rows or, where ``mixes(x)``, of tokens.
+
+        Args:
+            x: rows [N, D] sorted by expert; or tokens [T, D].
+            of: counts [E] int64, rows of each expert in turn; or the assignment of the tokens.
+
+        Returns:
+            [N, D]; or [T, D], each token's sum over its experts of weight · row.
+        """
+        if isinstance(of, Assignment):
+            return mix_blocked(x, of, self.gate_up, self.down, self.activation)
+        return self.compute(x, of, *self.weights)
+
+    def mixes(self, x: Tensor) -> bool:
+        """Whether tokens x [T, D] are best given to ``forward`` as they are, not sorted into rows."""
+        return blocked_applies(x, self.gate_up, self.activation)
 
     @property
     def weights(self) -> tuple[nn.Parameter, ...]:
@@ -94,8 +110,7 @@ def experts_grouped(
 def grouped_applies(rows: Tensor, down: Tensor) -> bool:
     """Whether ``experts_grouped`` is the way for rows [N, D] and ``down`` [E, D, F].
 
-    torch's CUDA kernel takes bf16, and rows of memory of whole 16 bytes. On the CPU neither way is always the faster
-    (docs/architecture.md has the times).
+    torch's CUDA kernel takes bf16, and rows of memory of whole 16 bytes. On the CPU it is not the faster.
     """
     if not rows.is_cuda:
         return False

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo.config import ModelConfig
 from zoo.layers.ffn import GATED
 from zoo.moe.clamped import ClampedExperts
-from zoo.moe.dispatch import Dispatcher, LocalDispatcher
+from zoo.moe.dispatch import Dispatcher, LocalDispatcher, assign
 from zoo.moe.experts import Experts, GEGLUExperts
 from zoo.moe.router import BiasedRouter, Router, RouterOutput
 
@@ -33,20 +33,29 @@ class MoE(nn.Module):
             else None
         )
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if moe.shared_expert_gate else None
-        self.dispatcher: Dispatcher = LocalDispatcher()
+        self.dispatcher: Dispatcher | None = None
+        """By default all experts are at hand, and compute tokens in whichever way is the fastest."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, RouterOutput]:
         """x [B, S, D] → ([B, S, D], the routing of the T tokens)."""
         tokens = x.flatten(0, 1)
         tokens, routing = self.route(tokens)
-        rows, counts, state = self.dispatcher.dispatch(tokens, routing)
-        out = self.dispatcher.combine(self.experts(rows, counts), state).view_as(x)
+        out = self.mix(tokens, routing).view_as(x)
         if self.shared_experts is not None:
             shared = self.shared_experts(x)
             if self.shared_expert_gate is not None:
                 shared = shared * self.shared_expert_gate(x).sigmoid()
             out = out + shared
         return out, routing
+
+    def mix(self, tokens: Tensor, routing: RouterOutput) -> Tensor:
+        """tokens [T, D] → [T, D], each token's sum over its experts of weight · expert(token)."""
+        if self.dispatcher is None and self.experts.mixes(tokens):
+            mixed: Tensor = self.experts(tokens, assign(routing))
+            return mixed
+        dispatcher = self.dispatcher or LocalDispatcher()
+        rows, counts, state = dispatcher.dispatch(tokens, routing)
+        return dispatcher.combine(self.experts(rows, counts), state)
 
     def route(self, tokens: Tensor) -> tuple[Tensor, RouterOutput]:
         """tokens [T, D] → (what the experts take of each [T, D], the routing)."""

@@ -1,0 +1,165 @@
+"""Experts computed in blocks of tokens against the readable loop, in values and every gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from zoo.layers.ffn import Activation
+from zoo.model import build
+from zoo.moe.blocked import blocks_of, mix_blocked
+from zoo.moe.dispatch import Assignment, LocalDispatcher, assign
+from zoo.moe.experts import Experts, GEGLUExperts, experts_loop
+from zoo.moe.layer import MoE
+from zoo.moe.router import RouterOutput
+from zoo.registry import find_spec
+
+D, FFN = 16, 12
+
+
+def routed(tokens: int, num_experts: int, top_k: int) -> tuple[Tensor, RouterOutput]:
+    """x and routing that leaves some experts idle more often than not."""
+    scores = torch.rand(tokens, num_experts, dtype=torch.float64) * torch.linspace(0, 1, num_experts) ** 4
+    weights = torch.rand(tokens, top_k, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(tokens, D, dtype=torch.float64, requires_grad=True)
+    return x, RouterOutput(scores, scores, weights, scores.topk(top_k).indices)
+
+
+def parameters(num_experts: int) -> tuple[Tensor, Tensor]:
+    gate_up = torch.randn(num_experts, 2, FFN, D, dtype=torch.float64, requires_grad=True)
+    return gate_up, torch.randn(num_experts, D, FFN, dtype=torch.float64, requires_grad=True)
+
+
+def by_the_loop(x: Tensor, routing: RouterOutput, gate_up: Tensor, down: Tensor, activation: Activation) -> Tensor:
+    dispatcher = LocalDispatcher()
+    rows, counts, state = dispatcher.dispatch(x, routing)
+    return dispatcher.combine(experts_loop(rows, counts, gate_up, down, activation), state)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 40),
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.sampled_from([1, 7, 512]),
+    st.booleans(),
+    st.integers(0, 1000),
+)
+def test_values_and_gradients_equal_the_loop(
+    tokens: int, num_experts: int, top_k: int, block_rows: int, geglu: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    experts = GEGLUExperts if geglu else Experts
+    x, routing = routed(tokens, num_experts, min(top_k, num_experts))
+    weights = parameters(num_experts)
+    leaves = (x, routing.weights, *weights)
+    out = mix_blocked(x, assign(routing), *weights, experts.activation, block_rows)
+    expected = by_the_loop(x, routing, *weights, experts.activation)
+    grad = torch.randn_like(out)
+    got, want = (torch.autograd.grad(y, leaves, grad) for y in (out, expected))
+    for ours, theirs in zip((out, *got), (expected, *want), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(mix_blocked(x, assign(routing), *weights, experts.activation, block_rows), out)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 9), max_size=12), st.integers(1, 12))
+def test_blocks_hold_every_row_once_and_whole_experts(counts: list[int], limit: int) -> None:
+    blocks = blocks_of(counts, limit)
+    rows = [(e, block.rows.start + row) for block in blocks for e, part in block.parts for row in range(99)[part]]
+    assert rows == [
+        (expert, row) for row, expert in enumerate(e for e, count in enumerate(counts) for _ in range(count))
+    ]
+    assert all(len(block) <= limit or len(block.parts) == 1 for block in blocks)
+    assert all(len(block) == sum(len(range(99)[part]) for _, part in block.parts) for block in blocks)
+
+
+def layer(name: str = "mixtral-tiny", dtype: torch.dtype = torch.float32) -> MoE:
+    tiny = find_spec(name).model
+    config = dataclasses.replace(tiny, num_layers=1, vocab_size=64)
+    (moe,) = [module for module in build(config, dtype=dtype).modules() if isinstance(module, MoE)]
+    return moe
+
+
+def both_ways(moe: MoE, x: Tensor) -> list[list[Tensor]]:
+    """Output and gradients: as tokens, and as sorted rows."""
+    results = []
+    for dispatcher in (None, LocalDispatcher()):
+        moe.dispatcher = dispatcher
+        moe.zero_grad()
+        out, _ = moe(x)
+        out.float().square().sum().backward()
+        results.append([out, *(parameter.grad for parameter in moe.parameters())])
+    return results
+
+
+def test_a_layer_computes_tokens_and_rows_alike() -> None:
+    moe = layer()
+    x = torch.randn(2, 9, moe.experts.down.shape[1])
+    assert moe.experts.mixes(x)
+    for tokens, rows in zip(*both_ways(moe, x), strict=True):
+        torch.testing.assert_close(tokens, rows, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["bf16", "autocast"])
+def test_half_precision_keeps_to_rows(mixed: bool) -> None:
+    moe = layer(dtype=torch.float32 if mixed else torch.bfloat16)
+    x = torch.randn(2, 9, moe.experts.down.shape[1]).to(torch.float32 if mixed else torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        assert not moe.experts.mixes(x)
+        for tokens, rows in zip(*both_ways(moe, x), strict=True):
+            assert torch.equal(tokens, rows)
+
+
+def test_recomputed_in_a_checkpoint_it_is_the_same() -> None:
+    torch.manual_seed(0)
+    x, routing = routed(20, 6, 3)
+    weights = parameters(6)
+    leaves = (x, routing.weights, *weights)
+
+    def mix(x: Tensor, assignment: Assignment) -> Tensor:
+        return mix_blocked(x, assignment, *weights)
+
+    results = [
+        torch.autograd.grad(way(x, assign(routing)).square().sum(), leaves)
+        for way in (mix, lambda *args: checkpoint(mix, *args, use_reentrant=False))
+    ]
+    for plain, again in zip(*results, strict=True):
+        assert torch.equal(plain, again)
+
+
+def test_the_gradient_can_be_taken_twice_from_one_graph() -> None:
+    x, routing = routed(20, 6, 3)
+    weights = parameters(6)
+    loss = mix_blocked(x, assign(routing), *weights).square().sum()
+    first, second = (torch.autograd.grad(loss, (x, *weights), retain_graph=True) for _ in range(2))
+    for one, two in zip(first, second, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_an_idle_expert_is_never_read_and_has_no_gradient() -> None:
+    gate_up, down = parameters(3)
+    gate_up.data[1] = down.data[1] = float("nan")
+    experts = torch.tensor([[0, 2], [2, 0]])
+    weights, scores = torch.rand(2, 2, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64)
+    routing = RouterOutput(scores, scores, weights, experts)
+    out = mix_blocked(torch.randn(2, D, dtype=torch.float64), assign(routing), gate_up, down)
+    assert out.isfinite().all()
+    for gradient in torch.autograd.grad(out.sum(), (gate_up, down)):
+        assert not gradient[1].any() and gradient[0].any() and gradient[2].any()
+
+
+def test_only_first_derivatives_are_given() -> None:
+    x, routing = routed(5, 3, 2)
+    weights = parameters(3)
+    loss = mix_blocked(x, assign(routing), *weights).square().sum()
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

@@ -1,0 +1,205 @@
+"""Experts on the CPU, in blocks of sorted rows that stay in the cache, with a backward pass written by hand.
+
+Rows are gathered, computed, weighted and summed back into their tokens block by block: of the [N, D] rows only those of
+a block exist at a time, and kept for the backward pass are the input, the routing and the pre-activations [N, 2F].
+
+A routing weight w multiplies an expert's inner activations h, which is the same as multiplying its output. Then its own
+gradient needs no output of the expert: with g the gradient of the token, it is (downᵀ g) · h, and downᵀ g is there.
+
+Shapes: T tokens, K top-k, N = T·K routed rows, E experts, D model, F FFN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from zoo.layers.ffn import Activation, gelu_tanh
+from zoo.moe.dispatch import Assignment
+
+BLOCK_ROWS = 512
+"""Rows of a block: enough for the cost of a call to vanish, few enough for their activations to stay in the cache."""
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class _Gate:
+    """An activation and its derivative, written into memory that is there."""
+
+    forward: Callable[[Tensor, Tensor], object]
+    """(gate, out)"""
+    backward: Callable[[Tensor, Tensor, Tensor], object]
+    """(gradient, gate, out)"""
+
+
+_GATES: dict[Activation, _Gate] = {
+    F.silu: _Gate(
+        lambda gate, out: _aten.silu.out(gate, out=out),
+        lambda gradient, gate, out: _aten.silu_backward.grad_input(gradient, gate, grad_input=out),
+    ),
+    gelu_tanh: _Gate(
+        lambda gate, out: _aten.gelu.out(gate, approximate="tanh", out=out),
+        lambda gradient, gate, out: _aten.gelu_backward.grad_input(gradient, gate, approximate="tanh", grad_input=out),
+    ),
+}
+
+
+def blocked_applies(x: Tensor, gate_up: Tensor, activation: Activation) -> bool:
+    """Whether ``mix_blocked`` computes this: on the CPU, in fp32 or fp64 throughout, eagerly."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == gate_up.dtype
+        and x.dtype in (torch.float32, torch.float64)
+        and activation in _GATES
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def mix_blocked(
+    x: Tensor,
+    assignment: Assignment,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: Activation = F.silu,
+    block_rows: int = BLOCK_ROWS,
+) -> Tensor:
+    """Each token's sum of weight · expert(x) over its experts.
+
+    Args:
+        x: [T, D] fp32 or fp64. assignment: of its tokens. gate_up: [E, 2, F, D]. down: [E, D, F].
+        activation: of the gate, one that has its derivative here. block_rows: as ``blocks_of``'s limit.
+
+    Returns:
+        [T, D].
+    """
+    gate, blocks = _GATES[activation], blocks_of(assignment.counts.tolist(), block_rows)
+    leaves = (x, assignment.weight, gate_up, down)
+    if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
+        mixed: Tensor = _Mix.apply(*leaves, assignment.token, blocks, gate)
+        return mixed
+    return _forward(*leaves, assignment.token, blocks, gate, None)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The rows of some neighbouring experts."""
+
+    rows: slice
+    parts: list[tuple[int, slice]]
+    """(expert, its rows counted from the first of the block), of experts that have any."""
+
+    def __len__(self) -> int:
+        return self.rows.stop - self.rows.start
+
+
+def blocks_of(counts: list[int], limit: int) -> list[Block]:
+    """counts: [E] rows of each expert → blocks of at most ``limit`` rows, or of one expert that has more."""
+    blocks: list[Block] = []
+    parts: list[tuple[int, slice]] = []
+    start = size = 0
+    for expert, count in enumerate(counts):
+        if parts and size + count > limit:
+            blocks.append(Block(slice(start, start + size), parts))
+            start, size, parts = start + size, 0, []
+        if count:
+            parts.append((expert, slice(size, size + count)))
+            size += count
+    return [*blocks, Block(slice(start, start + size), parts)] if parts else blocks
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    token: Tensor,
+    blocks: list[Block],
+    gate: _Gate,
+    kept: Tensor | None,
+) -> Tensor:
+    """The sum [T, D]; pre-activations are written to ``kept`` [N, 2F] where it is given."""
+    width, size = down.shape[2], max(map(len, blocks), default=0)
+    up_weights = gate_up.flatten(1, 2)
+    out = torch.zeros_like(x)
+    row_buffer, inner_buffer = x.new_empty(size, x.shape[1]), x.new_empty(size, width)
+    both_buffer = x.new_empty(size, 2 * width) if kept is None else kept
+    for block in blocks:
+        tokens, n = token[block.rows], len(block)
+        rows, inner = row_buffer[:n], inner_buffer[:n]
+        both = both_buffer[:n] if kept is None else kept[block.rows]
+        torch.index_select(x, 0, tokens, out=rows)
+        for expert, part in block.parts:
+            torch.mm(rows[part], up_weights[expert].t(), out=both[part])
+        gate.forward(both[:, :width], inner)
+        inner.mul_(both[:, width:]).mul_(weight[block.rows, None])
+        for expert, part in block.parts:
+            torch.mm(inner[part], down[expert].t(), out=rows[part])
+        out.index_add_(0, tokens, rows)
+    return out
+
+
+class _Mix(torch.autograd.Function):
+    """``_forward`` with the gradients of x, the routing weights, ``gate_up`` and ``down``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        token: Tensor,
+        blocks: list[Block],
+        gate: _Gate,
+    ) -> Tensor:
+        kept = x.new_empty(len(token), 2 * down.shape[2])
+        ctx.save_for_backward(x, weight, gate_up, down, token, kept)
+        ctx.blocks, ctx.gate = blocks, gate
+        return _forward(x, weight, gate_up, down, token, blocks, gate, kept)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, gate_up, down, token, kept = ctx.saved_tensors
+        width, size = down.shape[2], max(map(len, ctx.blocks), default=0)
+        up_weights = gate_up.flatten(1, 2)
+        d_x, d_weight = torch.zeros_like(x), torch.empty_like(weight)
+        d_up_weights, d_down = x.new_empty(up_weights.shape), x.new_empty(down.shape)
+        x_buffer, row_buffer = x.new_empty(2, size, x.shape[1])
+        inner_buffer, both_buffer = x.new_empty(size, width), x.new_empty(size, 2 * width)
+        for block in ctx.blocks:
+            tokens, n = token[block.rows], len(block)
+            w = weight[block.rows, None]
+            gate, up = kept[block.rows].chunk(2, dim=1)
+            inputs = torch.index_select(x, 0, tokens, out=x_buffer[:n])
+            rows = torch.index_select(gradient, 0, tokens, out=row_buffer[:n])
+            d_inner, d_both = inner_buffer[:n], both_buffer[:n]
+            d_gate, d_up = d_both.chunk(2, dim=1)
+            for expert, part in block.parts:
+                torch.mm(rows[part], down[expert], out=d_inner[part])
+            ctx.gate.forward(gate, d_up)
+            # The place of the gate's gradient holds the inner activations until that is known.
+            inner = torch.mul(d_up, up, out=d_gate)
+            torch.sum(inner * d_inner, dim=1, out=d_weight[block.rows])
+            inner.mul_(w)
+            for expert, part in block.parts:
+                torch.mm(rows[part].t(), inner[part], out=d_down[expert])
+            d_up.mul_(d_inner.mul_(w))
+            ctx.gate.backward(d_inner.mul_(up), gate, d_gate)
+            for expert, part in block.parts:
+                torch.mm(d_both[part].t(), inputs[part], out=d_up_weights[expert])
+                torch.mm(d_both[part], up_weights[expert], out=rows[part])
+            d_x.index_add_(0, tokens, rows)
+        busy = {expert for block in ctx.blocks for expert, _ in block.parts}
+        for expert in set(range(len(down))) - busy:
+            d_up_weights[expert].zero_()
+            d_down[expert].zero_()
+        return d_x, d_weight, d_up_weights.view(gate_up.shape), d_down, None, None, None
