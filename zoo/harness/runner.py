@@ -79,7 +79,7 @@ def evaluate(
         raise ValueError(f"data_root = {data_root}: no such directory; give the folder of the mirrored data sets")
     lm = ZooLM(model, tokenizer, batch_size=batch_size)
     seeds = {} if seed is None else dict.fromkeys(_SEEDS, seed)
-    with _offline(data_root is not None), _quiet():
+    with offline(data_root is not None), quiet():
         results: dict[str, Any] = lm_eval.simple_evaluate(
             lm,
             tasks=list(tasks),
@@ -168,7 +168,7 @@ def load_tasks(tasks: Sequence[str], data_root: Path | None) -> dict[str, Any]:
     Raises:
         ValueError: an unknown task, or a data set that is not in the mirror.
     """
-    with _offline(data_root is not None), _quiet():
+    with offline(data_root is not None), quiet():
         loaded: dict[str, Any] = dict(task_manager(tasks, None, data_root).load(list(tasks))["tasks"])
     return loaded
 
@@ -191,7 +191,7 @@ def _indexed(folders: tuple[Path, ...], stock: bool) -> TaskManager:
 
 
 @contextlib.contextmanager
-def _offline(enabled: bool) -> Iterator[None]:
+def offline(enabled: bool) -> Iterator[None]:
     """Keep ``datasets`` and ``huggingface_hub`` off the network, also where they are imported already."""
     if not enabled:
         yield
@@ -205,7 +205,7 @@ def _offline(enabled: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without lm-eval's notes about defaults that its own tasks take, and datasets' bars for local files."""
     logger, bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
     level = logger.level
