@@ -26,6 +26,7 @@ from zoo.layers.attention import (
 )
 from zoo.layers.ffn import GATED
 from zoo.layers.interleaved_rope import ChunkedAttention, UnplacedAttention
+from zoo.layers.linear_nll import linear_nll
 from zoo.layers.mamba import Mamba, initial_parameter
 from zoo.layers.mla import MLA
 from zoo.layers.norm import LayerNorm, RMSNorm, UnitOffsetRMSNorm
@@ -46,9 +47,9 @@ class DecoderOutput:
     """[B, S, D], after the final norm."""
     router_outputs: tuple[RouterOutput, ...]
     """One a MoE layer, in order, each over all B·S tokens; those of MTP modules, where they ran, last."""
-    mtp_logits: tuple[Tensor, ...] = ()
-    """Of MTP module k = 1, 2, …, where they ran: [B, S, V], at position i of token i + k + 1. The last k positions of a
-    row or document are meaningless."""
+    mtp_hidden: tuple[Tensor, ...] = ()
+    """Of MTP module k = 1, 2, …, where they ran: [B, S, D]; ``Decoder.logits`` of position i are those of token
+    i + k + 1. The last k positions of a row or document are meaningless."""
 
 
 class Block(nn.Module):
@@ -160,28 +161,43 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.advance(input_ids.shape[1], attention_mask)
         hidden = self.norm(x)
-        mtp_logits, mtp_routing = self._look_ahead(hidden, input_ids, layout, rotary) if mtp else ((), ())
+        mtp_hidden, mtp_routing = self._look_ahead(hidden, input_ids, layout, rotary) if mtp else ((), ())
         kept = hidden[:, :0] if logits_to_keep is None else hidden[:, -logits_to_keep:]
-        return DecoderOutput(self.logits(kept), hidden, (*router_outputs, *mtp_routing), mtp_logits)
+        return DecoderOutput(self.logits(kept), hidden, (*router_outputs, *mtp_routing), mtp_hidden)
 
     def _look_ahead(
         self, hidden: Tensor, input_ids: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor]
     ) -> tuple[tuple[Tensor, ...], tuple[RouterOutput, ...]]:
-        """Logits and routing of the MTP modules, one after the other, from h⁰ = ``hidden`` [B, S, D]."""
-        logits, routings = [], []
+        """h¹, h², … and routing of the MTP modules, one after the other, from h⁰ = ``hidden`` [B, S, D]."""
+        outputs, routings = [], []
         for k, module in enumerate(self.mtp, start=1):
             # Where no k-th token follows, another comes round: causality keeps what it does to its own position.
             embeddings = self.embed_tokens(input_ids.roll(-k, dims=1))
             hidden, routing = module(torch.cat((embeddings, hidden), dim=-1), layout, rotary, None)
-            logits.append(self.logits(hidden))
+            outputs.append(hidden)
             if routing is not None:
                 routings.append(routing)
-        return tuple(logits), tuple(routings)
+        return tuple(outputs), tuple(routings)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] after the final norm → [..., V]."""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return self.logit_scaling(F.linear(hidden, head.weight))
+        return self.logit_scaling(F.linear(hidden, self._head()))
+
+    def nll(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Sum of −ln p of ``labels`` [...], ``IGNORED`` where there is none, after ``hidden`` [..., D]: nats, fp32.
+
+        The loss of ``logits(hidden)``, which are never there as a whole (``zoo.layers.linear_nll``).
+        """
+        return linear_nll(
+            hidden.flatten(0, -2),
+            self._head(),
+            labels.flatten(),
+            multiplier=1.0 if self.config.logit_multiplier is None else self.config.logit_multiplier,
+            cap=self.config.logit_softcap,
+        )
+
+    def _head(self) -> Tensor:
+        return (self.embed_tokens if self.lm_head is None else self.lm_head).weight
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache for ``batch_size`` rows of at most ``max_length`` tokens, in the model's dtype and device."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch.nn.functional as F
 from test_training_module import one_step
 from torch import Tensor
 
-from zoo.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
-from zoo.model import build
+from zoo.config import AttentionConfig, MambaConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from zoo.generation import generate
+from zoo.model import Decoder, build
+from zoo.speculative import Acceptance, speculate
 from zoo.training.loss import mtp_nll
 from zoo.training.module import ZooModule
 
@@ -33,6 +36,15 @@ CONFIG = ModelConfig(
     mtp_depth=2,
     initializer_range=0.3,
 )
+MIXERS: dict[str, dict[str, Any]] = {
+    "attention": {},
+    "mla": {
+        "attention": None,
+        "mla": MLAConfig(
+            num_heads=2, kv_lora_rank=8, q_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4
+        ),
+    },
+}
 DOCUMENTS = [[6, 3, 2], [4, 7]]
 """Lengths of the documents in each row of a batch."""
 
@@ -143,7 +155,7 @@ def test_logits_equal_the_equations() -> None:
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     for row, start, document in documents_of(data["input_ids"]):
         for k, expected in enumerate(predictions(parameters, document)):
-            found = (out.logits, *out.mtp_logits)[k][row, start : start + len(expected)]
+            found = model.logits((out.hidden, *out.mtp_hidden)[k][row, start : start + len(expected)])
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # angles are fp32
     assert len(out.router_outputs) == 3  # of the second layer and of the two modules
 
@@ -183,10 +195,14 @@ def test_loss_of_a_batch_worked_by_hand() -> None:
     logits = torch.zeros(1, 5, 3)
     logits[0, 0, 2] = math.log(2)  # the third token of the first document: probability 2 / 4
     assert ids[0, 2] == 2
-    assert mtp_nll([logits, torch.randn(1, 5, 3)], labels, documents).item() == pytest.approx(math.log(2) / 2)
-    assert mtp_nll([], labels, documents).item() == 0
+
+    def nll(logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+    assert mtp_nll(nll, [logits, torch.randn(1, 5, 3)], labels, documents).item() == pytest.approx(math.log(2) / 2)
+    assert mtp_nll(nll, [], labels, documents).item() == 0
     # An answer that alone is trained on: nothing is predicted that is not a label.
-    assert mtp_nll([logits], labels.where(labels != 2, -100), documents).item() == 0
+    assert mtp_nll(nll, [logits], labels.where(labels != 2, -100), documents).item() == 0
 
 
 def test_no_prediction_sees_what_it_predicts() -> None:
@@ -194,14 +210,14 @@ def test_no_prediction_sees_what_it_predicts() -> None:
     model, data = build(CONFIG, seed=3), batch()
     ids, documents = data["input_ids"], data["document_ids"]
 
-    def mtp_logits(tokens: Tensor) -> tuple[Tensor, ...]:
-        return model(tokens, document_ids=documents, mtp=True).mtp_logits
+    def look_ahead(tokens: Tensor) -> tuple[Tensor, ...]:
+        return model(tokens, document_ids=documents, mtp=True).mtp_hidden
 
-    before = mtp_logits(ids)
+    before = look_ahead(ids)
     for changed in range(ids.shape[1]):
         other = ids.clone()
         other[:, changed] = (ids[:, changed] + 1) % V
-        for k, (a, b) in enumerate(zip(before, mtp_logits(other), strict=True), start=1):
+        for k, (a, b) in enumerate(zip(before, look_ahead(other), strict=True), start=1):
             for row in range(2):
                 of = documents[row].tolist()
                 inside = [i for i in range(11 - k) if of[i] == of[i + k]]
@@ -240,3 +256,92 @@ def test_selection_biases_move_where_the_modules_run(coefficient: float, tmp_pat
     modules = {"mtp.0.ffn.router.bias"} if coefficient else set()
     assert moved == {"layers.1.ffn.router.bias"} | modules
     assert any(name.startswith("model.mtp") for name in gradients) == bool(coefficient)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# Speculative decoding
+# -----------------------------------------------------------------------------------------------------------------
+
+PROMPT = [3, 1, 4, 1, 5]
+
+
+def agreeing(depth: int) -> Decoder:
+    """Blocks are nothing and the modules hand on the embedding: token i is followed by what only it decides.
+
+    The modules then draft what the decoder says, whatever the position; ``draft_wrongly`` changes that.
+    """
+    model = build(replace(CONFIG, mtp_depth=depth, num_layers=2), seed=5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "o_proj" in name or "down" in name:
+                parameter.zero_()
+        for module in model.mtp:
+            module.eh_proj.weight.copy_(torch.cat((torch.eye(D), torch.zeros(D, D)), dim=1))
+    return model
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_every_draft_of_a_module_that_agrees_is_accepted(depth: int) -> None:
+    model, counts = agreeing(depth), Acceptance()
+    tokens = list(speculate(model, PROMPT, max_new_tokens=33, acceptance=counts))
+    assert tokens == generate(model, [PROMPT], max_new_tokens=33)[0]
+    assert counts.accepted == counts.drafted == 33 - 1 - counts.passes
+    assert counts.passes == math.ceil(32 / (depth + 1))
+    assert counts.rate == 1
+
+
+@pytest.mark.parametrize("prompt", [[7], PROMPT, PROMPT * 4])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("mixer", ["attention", "mla"])
+def test_the_text_is_the_greedy_one_however_good_the_drafts_are(mixer: str, depth: int, prompt: list[int]) -> None:
+    """Modules that disagree at some tokens: the caches have forgotten and kept what they must."""
+    model = build(replace(CONFIG, **MIXERS[mixer], mtp_depth=depth), seed=5)
+    half_right = agreeing(depth)
+    for draft_from, low, high in ((model, 0.0, 0.5), (half_right, 0.2, 0.95)):
+        if draft_from is half_right:
+            with torch.no_grad():
+                for k, module in enumerate(half_right.mtp):
+                    module.enorm.weight[k::4] = -1.0
+        counts = Acceptance()
+        tokens = list(speculate(draft_from, prompt, max_new_tokens=40, acceptance=counts))
+        assert tokens == generate(draft_from, [prompt], max_new_tokens=40)[0]
+        assert low <= counts.rate <= high
+
+
+def test_drafts_are_those_of_a_pass_over_the_whole_text() -> None:
+    """What the modules say with their caches is what ``Decoder.forward`` says with ``mtp`` and none."""
+    model, drafter_said = build(replace(CONFIG, mtp_depth=1), seed=5), Acceptance()
+    tokens = PROMPT + list(speculate(model, PROMPT, max_new_tokens=40, acceptance=drafter_said))
+    said = model(torch.tensor([tokens]), mtp=True).mtp_logits[0][0].argmax(-1).tolist()
+    position, passes, accepted = len(PROMPT), 0, 0
+    while position < len(tokens) - 1:  # tokens[position] is the last that is known
+        passes += 1
+        if position + 2 < len(tokens) + 1 and said[position - 1] == tokens[position + 1]:
+            accepted += position + 2 < len(tokens)
+            position += 2
+        else:
+            position += 1
+    assert (drafter_said.passes, drafter_said.accepted) == (passes, accepted)
+
+
+def test_it_ends_where_greedy_decoding_ends() -> None:
+    model = agreeing(2)
+    whole = generate(model, [PROMPT], max_new_tokens=20)[0]
+    for eos_id in set(whole):
+        expected = whole[: whole.index(eos_id)]
+        assert list(speculate(model, PROMPT, max_new_tokens=20, eos_id=eos_id)) == expected
+    for count in range(1, 6):
+        assert list(speculate(model, PROMPT, max_new_tokens=count)) == whole[:count]
+
+
+def test_models_that_cannot_draft_are_refused() -> None:
+    with pytest.raises(ValueError, match="the model has no MTP modules"):
+        next(speculate(build(replace(CONFIG, mtp_depth=0)), PROMPT, max_new_tokens=4))
+    recurrent = replace(
+        CONFIG,
+        mamba=MambaConfig(attention_interval=2, attention_offset=1, state_size=4, expand=2, conv_width=2, dt_rank=2),
+    )
+    with pytest.raises(ValueError, match="recurrent layers cannot take back"):
+        next(speculate(build(recurrent), PROMPT, max_new_tokens=4))
+    with pytest.raises(ValueError, match="exceed the model's 64 positions"):
+        next(speculate(build(CONFIG), PROMPT, max_new_tokens=60))

@@ -14,7 +14,7 @@ from zoo.moe.stats import expert_counts, expert_load
 from zoo.tokenizer import Tokenizer
 from zoo.training.data import TokenDataModule
 from zoo.training.data.packing import PADDING_DOCUMENT
-from zoo.training.module import next_token_nll
+from zoo.training.loss import label_count
 
 if TYPE_CHECKING:
     from zoo.model import Decoder
@@ -107,9 +107,9 @@ def validate(model: Decoder, data: Path, sequence_length: int, batch_size: int) 
     with torch.inference_mode():
         loader: Any = module.val_dataloader()
         for batch in loader:
-            output = model(batch["input_ids"], document_ids=batch["document_ids"])
-            nll, number = next_token_nll(output.logits, batch["labels"])
-            total, labels = total + float(nll), labels + int(number)
+            output = model(batch["input_ids"], document_ids=batch["document_ids"], logits_to_keep=None)
+            total += float(model.nll(output.hidden, batch["labels"]))
+            labels += int(label_count(batch["labels"]))
             tokens = batch["document_ids"] != PADDING_DOCUMENT
             counts.append([expert_counts(r, tokens) for r in output.router_outputs])
     layers = [torch.stack(layer).sum(dim=0) for layer in zip(*counts, strict=True)]

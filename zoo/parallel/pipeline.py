@@ -3,7 +3,7 @@
 Only hidden states travel between stages. All ranks of a pipeline read the same rows, and each takes its document ids,
 masks and labels from there.
 
-Shapes: B batch, S sequence, V vocabulary, E experts, L MoE layers of this rank.
+Shapes: B batch, S sequence, E experts, L MoE layers of this rank.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from zoo.parallel.mesh import Meshes
 from zoo.parallel.plan import Plan, resolve
 from zoo.parallel.stages import Batch, cut, forward_stage, layer_costs, split_layers
 
-TokenLoss = Callable[[Tensor, Tensor], Tensor]
-"""(logits [B, S, V], labels [B, S]) of a micro-batch → scalar."""
+TokenLoss = Callable[[Tensor], Tensor]
+"""Sum of −ln p over the labels of a micro-batch → scalar."""
 RouterLoss = Callable[[Sequence[RouterOutput], Batch], Tensor]
 """(routing of some MoE layers, their micro-batch without ``input_ids``) → scalar, a mean over these layers."""
 Schedule = Literal["gpipe", "1f1b", "interleaved_1f1b"]
@@ -126,7 +126,7 @@ class Pipeline:
 
         Args:
             batch: The same on all ranks of a pipeline, and of the same shape in every step.
-            token_loss: Called on the last stage for each micro-batch.
+            token_loss: Called on the last stage for each micro-batch; divides by a number of labels, or leaves it.
             router_loss: Called on each stage with MoE layers for each micro-batch, and weighted with its share of all
                 MoE layers: the sum is the mean over all. Gradients are those of both losses as they are, so divide them
                 by the global number of labels, or scale the gradients afterwards.
@@ -173,7 +173,8 @@ class Pipeline:
         dtype = self._dtype or next(self.parameters()).dtype
         like = partial(torch.empty, dtype=dtype, device="meta", requires_grad=True)
         tokens = torch.empty(shape, dtype=ids.dtype, device="meta")
-        hidden, logits = like((*shape, self._config.hidden_size)), like((*shape, self._config.vocab_size))
+        hidden = like((*shape, self._config.hidden_size))
+        nll = like((), dtype=torch.promote_types(dtype, torch.float32))
         stages = [
             PipelineStage(
                 stage,
@@ -181,7 +182,7 @@ class Pipeline:
                 self._num_stages,
                 ids.device,
                 input_args=hidden if index > 0 else tokens,
-                output_args=hidden if index < self._num_stages - 1 else logits,
+                output_args=hidden if index < self._num_stages - 1 else nll,
                 group=self._group,
             )
             for index, stage in self.stages.items()
@@ -191,9 +192,9 @@ class Pipeline:
         self._runner = make(one_or_all, self._micro_batches, loss_fn=self._loss, scale_grads=False)
         self._shape = ids.shape
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, nll: Tensor, labels: Tensor) -> Tensor:
         assert self._token_loss is not None
-        return self._token_loss(logits, labels)
+        return self._token_loss(nll)
 
 
 def _check_schedule(schedule: Schedule, ranks: int, micro_batches: int, stages_per_rank: int) -> None:

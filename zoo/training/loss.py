@@ -1,6 +1,6 @@
 """The terms of the training loss of one micro-batch, as sums that can be added over micro-batches and over ranks.
 
-Shapes: B batch, S sequence, V vocabulary, E experts, L MoE layers.
+Shapes: B batch, S sequence, D model, E experts, L MoE layers.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.layers.sequence import positions_in_runs
-from zoo.model import DecoderOutput
+from zoo.model import Decoder, DecoderOutput
 from zoo.moe.balance import load_balance_loss, z_loss
 from zoo.moe.stats import expert_counts
 from zoo.parallel.strategy import MoEParallelStrategy
 from zoo.training.data.packing import IGNORED, PADDING_DOCUMENT
 
+TokenLoss = Callable[[Tensor, Tensor], Tensor]
+"""(hidden [B, S, D], labels [B, S], -100 to ignore) → sum of −ln p in nats, fp32 scalar."""
 Scope = Literal["micro_batch", "sequence"]
 
 
@@ -45,19 +46,14 @@ class StepSums:
         return StepSums(*(function(getattr(self, f.name)) for f in dataclasses.fields(self)))
 
 
-def next_token_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """logits [B, S, V], labels [B, S] with -100 to ignore → (sum of −ln p in nats fp32, number of labels fp32)."""
-    nll = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    return nll, (labels != IGNORED).sum().float()
-
-
-def mtp_nll(logits: Sequence[Tensor], labels: Tensor, document_ids: Tensor) -> Tensor:
+def mtp_nll(nll: TokenLoss, hidden: Sequence[Tensor], labels: Tensor, document_ids: Tensor) -> Tensor:
     """Mean over MTP modules k = 1, 2, … of their sums of −ln p (DeepSeek-V3, arXiv 2412.19437, equations 24 and 25).
 
     The target at position i is token i + k + 1, where that is a label (at position i + k) and of the same document.
 
     Args:
-        logits: of each module, [B, S, V].
+        nll: ``Decoder.nll``.
+        hidden: of each module, [B, S, D].
         labels: [B, S], the next token, -100 to ignore.
         document_ids: [B, S]; neighbours of equal id are one document.
 
@@ -66,27 +62,37 @@ def mtp_nll(logits: Sequence[Tensor], labels: Tensor, document_ids: Tensor) -> T
     """
     positions = positions_in_runs(document_ids)
     total = labels.new_zeros((), dtype=torch.float32)
-    for k, of_module in enumerate(logits, start=1):
+    for k, of_module in enumerate(hidden, start=1):
         targets = torch.full_like(labels, IGNORED)
         within = positions[:, k:] - positions[:, :-k] == k
         targets[:, :-k] = labels[:, k:].where(within, IGNORED)
-        total = total + next_token_nll(of_module, targets)[0]
-    return total / max(len(logits), 1)
+        total = total + nll(of_module, targets)
+    return total / max(len(hidden), 1)
+
+
+def label_count(labels: Tensor) -> Tensor:
+    """Number of labels that a loss is taken from, fp32."""
+    return (labels != IGNORED).sum().float()
 
 
 def micro_batch_sums(
-    output: DecoderOutput, batch: Mapping[str, Tensor], scope: Scope, parallel: MoEParallelStrategy | None
+    model: Decoder,
+    output: DecoderOutput,
+    batch: Mapping[str, Tensor],
+    scope: Scope,
+    parallel: MoEParallelStrategy | None,
 ) -> StepSums:
     """The terms of the loss, with gradient, and the expert counts of one micro-batch.
 
     Args:
-        output: Of the model, for ``batch``.
+        model: Whose loss it is.
+        output: Of the model, for ``batch``; its logits are not used.
         batch: ``labels`` and ``document_ids``, each [B, S].
         scope: Whether the load fractions of the balance loss are taken over the micro-batch or over each sequence.
         parallel: What spreads the micro-batch over ranks, if it is spread: its terms are this rank's share then.
     """
-    nll, count = next_token_nll(output.logits, batch["labels"])
-    ahead = mtp_nll(output.mtp_logits, batch["labels"], batch["document_ids"])
+    nll, count = model.nll(output.hidden, batch["labels"]), label_count(batch["labels"])
+    ahead = mtp_nll(model.nll, output.mtp_hidden, batch["labels"], batch["document_ids"])
     routing = output.router_outputs
     if not routing:
         zero = nll.new_zeros(())

@@ -26,7 +26,7 @@ from zoo.moe.router import Router, update_selection_bias
 from zoo.parallel import grads
 from zoo.parallel.strategy import MoEParallelStrategy
 from zoo.registry import find_spec, own_checkpoint
-from zoo.training.loss import Scope, StepSums, micro_batch_sums, next_token_nll
+from zoo.training.loss import Scope, StepSums, label_count, micro_batch_sums
 from zoo.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer
 
 ADAMW = OptimizerConfig()
@@ -164,19 +164,23 @@ class ZooModule(LightningModule):
     # -------------------------------------------------------------------------------------------------------------
 
     def forward(self, batch: Mapping[str, Tensor]) -> DecoderOutput:
-        """Logits and routing of a batch of packed documents (``TokenDataModule``)."""
+        """Hidden states and routing of a batch of packed documents (``TokenDataModule``); no logits."""
         assert self.model is not None
-        mtp = self.training and self.mtp_coef > 0
-        output: DecoderOutput = self.model(batch["input_ids"], document_ids=batch["document_ids"], mtp=mtp)
+        output: DecoderOutput = self.model(
+            batch["input_ids"],
+            document_ids=batch["document_ids"],
+            logits_to_keep=None,
+            mtp=self.training and self.mtp_coef > 0,
+        )
         return output
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Sum over the micro-batch's labels of the loss, fp32; ``on_before_optimizer_step`` makes it a mean."""
+        assert self.model is not None
         if self.parallel is not None:
-            assert self.model is not None
             # Lightning's own flag: nothing public says which micro-batch is the last of a step.
             self.parallel.set_last_micro_batch(self.model, not self.trainer.fit_loop._should_accumulate())
-        sums = micro_batch_sums(self(batch), batch, self.balance_scope, self.parallel)
+        sums = micro_batch_sums(self.model, self(batch), batch, self.balance_scope, self.parallel)
         loss = sums.nll + self.mtp_coef * sums.mtp_nll
         loss = loss + self.load_balance_coef * sums.load_balance + self.z_loss_coef * sums.z
         detached = sums.map(Tensor.detach)
@@ -189,7 +193,8 @@ class ZooModule(LightningModule):
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Add the micro-batch to the validation loss, every label with the same weight."""
-        nll, count = next_token_nll(self(batch).logits, batch["labels"])
+        assert self.model is not None
+        nll, count = self.model.nll(self(batch).hidden, batch["labels"]), label_count(batch["labels"])
         if count > 0:
             self.val_loss.update(nll / count, weight=count)
 

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from zoo.layers.linear_nll import IGNORED
 from zoo.training.data.store import TokenSplit
 
-IGNORED = -100
-"""Label that no loss is taken from."""
 PADDING_DOCUMENT = -1
 """``document_ids`` of positions that hold no token."""
 PADDING_WINDOW = -1
