@@ -312,7 +312,7 @@ def test_drafts_are_those_of_a_pass_over_the_whole_text() -> None:
     """What the modules say with their caches is what ``Decoder.forward`` says with ``mtp`` and none."""
     model, drafter_said = build(replace(CONFIG, mtp_depth=1), seed=5), Acceptance()
     tokens = PROMPT + list(speculate(model, PROMPT, max_new_tokens=40, acceptance=drafter_said))
-    said = model(torch.tensor([tokens]), mtp=True).mtp_logits[0][0].argmax(-1).tolist()
+    said = model.logits(model(torch.tensor([tokens]), mtp=True).mtp_hidden[0][0]).argmax(-1).tolist()
     position, passes, accepted = len(PROMPT), 0, 0
     while position < len(tokens) - 1:  # tokens[position] is the last that is known
         passes += 1

@@ -262,7 +262,8 @@ def _apply_data(model: Decoder, meshes: Meshes, rules: ResolvedPlan, options: Pa
             )
     for name in rules.units:
         fully_shard(model.get_submodule(name), mesh=meshes.dense_data, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(model, mesh=meshes.dense_data, mp_policy=policy)
+    # The output head is used after the forward pass as well (``Decoder.nll``).
+    fully_shard(model, mesh=meshes.dense_data, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Any other factor is divided twice where a mesh dimension has one rank, and fails on gloo.
