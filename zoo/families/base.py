@@ -17,7 +17,7 @@ Layout = Literal["per_expert", "fused"]
 transformers 5 holds them in memory."""
 
 
-Quantization = Literal["mxfp4"]
+Quantization = Literal["fp8", "mxfp4"]
 
 ROTARY_BUFFERS: tuple[str, ...] = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 """Frequencies that old checkpoints stored; they follow from the config."""

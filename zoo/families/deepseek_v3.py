@@ -84,5 +84,6 @@ FAMILY = Family(
     architectures=("DeepseekV3ForCausalLM",),
     read=_read,
     write=_write,
+    quantizations=("fp8",),
     map_weights=_map,
 )

@@ -35,5 +35,6 @@ FAMILY = Family(
     architectures=("Qwen3ForCausalLM",),
     read=_read,
     write=_write,
+    quantizations=("fp8",),
     map_weights=decoder_map,
 )

@@ -71,5 +71,6 @@ FAMILY = Family(
     architectures=("Qwen3MoeForCausalLM",),
     read=_read,
     write=_write,
+    quantizations=("fp8",),
     map_weights=decoder_map,
 )

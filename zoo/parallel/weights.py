@@ -40,7 +40,7 @@ def load_weights(model: Decoder, source: str | Path) -> None:
         with open_zoo(directory, model.config) as tensors:
             _fill(model, lambda name, region, shape: tensors.read_region(name, region))
     else:
-        with open_published(directory) as (spec, stream):
+        with open_published(directory, next(model.parameters()).dtype) as (spec, stream):
             _check_config(decoder_spec(spec).model, model, source)
             _fill(model, stream.read_region)
 

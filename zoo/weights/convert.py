@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 from zoo.config import CONFIG_FILE, save_spec
 from zoo.encoder_decoder_config import AnyConfig, AnySpec, EncoderDecoderConfig, load_any_spec
 from zoo.families import exporting_family
-from zoo.families.base import quantization
 from zoo.registry import published_spec, read_json
 from zoo.weights.hub import download, is_hub_id
-from zoo.weights.mxfp4 import Mxfp4Source
 from zoo.weights.ops import Copies, Op, Region, Shape, source_shapes
+from zoo.weights.quantized import published_source
 from zoo.weights.source import TensorSource, check_copy, check_tensors, refuse_pickle
 from zoo.weights.target import MAX_SHARD_BYTES, copy_tokenizer, new_directory, write_tensors
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from zoo.encoder_decoder import EncoderDecoder
@@ -241,11 +241,14 @@ def published_tensors(spec: AnySpec, hf: Mapping[str, Any], names: Collection[st
 
 
 @contextmanager
-def open_published(directory: Path) -> Iterator[tuple[AnySpec, Stream]]:
-    """The model in a published directory and its tensors under our names, checked but not read yet."""
+def open_published(directory: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[AnySpec, Stream]]:
+    """The model in a published directory and its tensors under our names, checked but not read yet.
+
+    ``dtype`` is that of weights which are stored in FP8; see ``published_source``.
+    """
     spec = published_spec(directory)
     hf = read_json(directory / "config.json")
-    with (Mxfp4Source if quantization(hf) == "mxfp4" else TensorSource)(directory) as source:
+    with published_source(directory, hf, dtype) as source:
         published = published_tensors(spec, hf, source.entries)
         # In the order in which a model is saved, so that the same tensors make the same file.
         order = {name: i for i, name in enumerate(parameter_shapes(spec.model))}

@@ -41,7 +41,7 @@ def load(
             encoder-decoder.
     """
     _expect_decoder(source)
-    with _opened(source, progress) as (spec, tensors):
+    with _opened(source, dtype, progress) as (spec, tensors):
         model = skeleton(spec.model)
         if not isinstance(model, Decoder):
             raise not_a_decoder(source)
@@ -57,7 +57,7 @@ def load_encoder_decoder(
     progress: bool = False,
 ) -> EncoderDecoder:
     """A trained encoder-decoder, in eval mode; arguments and errors as ``load``."""
-    with _opened(source, progress) as (spec, tensors):
+    with _opened(source, dtype, progress) as (spec, tensors):
         model = skeleton(spec.model)
         if not isinstance(model, EncoderDecoder):
             raise ValueError(f"{source}: this is a decoder; use load")
@@ -175,7 +175,9 @@ def _expect_decoder(source: str | Path) -> None:
 
 
 @contextmanager
-def _opened(source: str | Path, progress: bool) -> Iterator[tuple[AnySpec, Iterable[tuple[str, Tensor]]]]:
+def _opened(
+    source: str | Path, dtype: torch.dtype, progress: bool
+) -> Iterator[tuple[AnySpec, Iterable[tuple[str, Tensor]]]]:
     """The model that ``source`` names and its tensors under our names, checked but not read yet."""
     directory = checkpoint_directory(source)
     if (directory / CONFIG_FILE).is_file():
@@ -183,7 +185,7 @@ def _opened(source: str | Path, progress: bool) -> Iterator[tuple[AnySpec, Itera
         with open_zoo(directory, spec.model) as tensors:
             yield spec, ((name, tensors.read(name)) for name in tensors.entries)
     else:
-        with open_published(published_directory(directory)) as (spec, stream):
+        with open_published(published_directory(directory), dtype) as (spec, stream):
             yield spec, tracked(stream, "loading", progress)
 
 

@@ -15,13 +15,12 @@ from typing import Any
 from zoo.config import CONFIG_FILE
 from zoo.encoder_decoder_config import AnySpec, load_any_spec
 from zoo.families import exporting_family
-from zoo.families.base import quantization
 from zoo.registry import published_spec, read_json
 from zoo.weights.convert import parameter_shapes, published_tensors
 from zoo.weights.hashes import SUMS_FILE, record, recorded, sha256
 from zoo.weights.headers import AGAIN, read_header
-from zoo.weights.mxfp4 import unpacked_entries
 from zoo.weights.ops import Shape
+from zoo.weights.quantized import unquantised_entries
 from zoo.weights.source import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -209,12 +208,13 @@ def _check_tensors(report: Report, spec: AnySpec, entries: dict[str, Entry]) -> 
         _compare(report, entries, parameter_shapes(spec.model), ())
         return
     hf = read_json(directory / "config.json")
-    if quantization(hf) == "mxfp4":
-        try:
-            _, _, entries = unpacked_entries(entries)
-        except ValueError as error:
-            report.add(directory, error)
-            return
+    try:
+        entries, problems = unquantised_entries(directory, hf, entries)
+    except ValueError as error:
+        report.add(directory, error)
+        return
+    for path, problem in problems:
+        report.add(path, problem)
     published = published_tensors(spec, hf, entries)
     _compare(report, entries, published.shapes, published.ignored)
     for path, problem in misfits(entries, {}, published.ops):
