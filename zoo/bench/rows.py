@@ -50,7 +50,7 @@ class Row:
     bytes: Mapping[str, int] = field(default_factory=dict)
     """Way → peak memory beyond what was there before, where that was measured."""
     notes: Mapping[str, Any] = field(default_factory=dict)
-    """Further figures of the case, as JSON takes them."""
+    """Further figures of the case, as JSON takes them; the text ``remark`` is shown in tables."""
 
     @property
     def best_peer(self) -> str | None:

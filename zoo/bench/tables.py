@@ -64,9 +64,10 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _others(row: Row) -> str:
-    """Ratios of the ways that are neither ours, nor the limit, nor the best peer."""
+    """Ratios of the ways that are neither ours, nor the limit, nor the best peer, and the row's remark."""
     others = [way for way in row.seconds if way not in (OURS, LIMIT, row.best_peer)]
-    return ", ".join(f"{way} {row.ratio(way):.2f}" for way in others)
+    ratios = ", ".join(f"{way} {row.ratio(way):.2f}" for way in others)
+    return "; ".join(part for part in (ratios, row.notes.get("remark")) if part)
 
 
 def duration(seconds: float) -> str:
