@@ -20,17 +20,22 @@ BEGIN, END = "<!-- table: scripts/families_table.py -->\n", "<!-- end of table -
 
 PARITY, PUBLISHED = "tests/parity/test_families.py", "tests/parity/test_published_configs.py"
 CARDS = "tests/parity/test_cards.py"
+STACKS, STACK_CONFIGS = "tests/parity/test_encoder_decoder.py", "tests/parity/test_encoder_decoder_configs.py"
 COLUMNS = {
-    "config": [(PUBLISHED, "test_every_config_goes_to_its_family_and_back")],
-    "import": [(PARITY, "test_sharded_and_fused_layouts_give_the_same_weights")],
-    "export": [(PARITY, "test_export_is_loaded_by_transformers_and_reimport_is_bit_equal")],
-    "parity": [(PARITY, "test_every_gradient")],
-    "generate": [(PARITY, "test_greedy_generation")],
+    "config": [(file, "test_every_config_goes_to_its_family_and_back") for file in (PUBLISHED, STACK_CONFIGS)],
+    "import": [
+        (PARITY, "test_sharded_and_fused_layouts_give_the_same_weights"),
+        (STACKS, "test_sharded_layout_and_stored_copies_give_the_same_weights"),
+    ],
+    "export": [(file, "test_export_is_loaded_by_transformers_and_reimport_is_bit_equal") for file in (PARITY, STACKS)],
+    "parity": [(file, "test_every_gradient") for file in (PARITY, STACKS)],
+    "generate": [(file, "test_greedy_generation") for file in (PARITY, STACKS)],
     "train": [("tests/unit/test_training_families.py", "test_a_few_steps_lower_the_loss")],
     "expert parallel": [("tests/distributed/test_spread_families.py", "test_experts_of_every_family_are_spread")],
     "card": [
         (CARDS, "test_card_equals_the_model_of_transformers"),
         (CARDS, "test_card_equals_the_published_figures_to_the_printed_digits"),
+        (STACK_CONFIGS, "test_card_equals_the_model_of_transformers"),
     ],
 }
 """Column → (file, test), the best first: the test has the family, a model of it, or a case of it in brackets."""
@@ -58,9 +63,9 @@ def collect() -> list[str]:
 
 def families() -> dict[str, bool]:
     """Family → whether it has experts."""
-    from zoo.registry import find_spec, model_names
+    from zoo.registry import encoder_decoder_names, find_any_spec, model_names
 
-    specs = [find_spec(name) for name in model_names()]
+    specs = [find_any_spec(name) for name in (*model_names(), *encoder_decoder_names())]
     return {s.family: any(o.model.moe for o in specs if o.family == s.family) for s in specs if s.family}
 
 
@@ -70,15 +75,19 @@ def own_file(family: str) -> str:
 
 def bracketed() -> dict[str, str]:
     """What stands in the brackets of a test → the family that it is about."""
-    from zoo.families import FAMILIES
-    from zoo.registry import find_spec, model_names
+    from zoo.families import ENCODER_DECODERS, FAMILIES
+    from zoo.registry import encoder_decoder_names, find_any_spec, model_names
 
     sys.path.insert(0, str(ROOT / "tests" / "parity"))
-    from hf_cases import CASES
+    import encoder_decoder_cases
+    import hf_cases
 
-    of_type = {family.model_type: name for name, family in FAMILIES.items()}
-    models = {name: str(find_spec(name).family) for name in model_names()}
-    return models | {case: of_type[fields["model_type"]] for case, fields in CASES.items()} | {f: f for f in FAMILIES}
+    known = [*FAMILIES.values(), *ENCODER_DECODERS.values()]
+    of_type = {family.model_type: family.name for family in known}
+    models = {name: str(find_any_spec(name).family) for name in (*model_names(), *encoder_decoder_names())}
+    cases = hf_cases.CASES | encoder_decoder_cases.CASES
+    of_case = {case: of_type[fields["model_type"]] for case, fields in cases.items()}
+    return models | of_case | {family.name: family.name for family in known}
 
 
 def cells(ids: list[str]) -> dict[str, dict[str, str]]:

@@ -18,12 +18,13 @@ from typing import Any, Literal
 import pytest
 
 from zoo.config import ModelConfig
-from zoo.families import FAMILIES
-from zoo.registry import find_spec, model_names
+from zoo.encoder_decoder_config import EncoderDecoderConfig
+from zoo.families import ENCODER_DECODERS, FAMILIES
+from zoo.registry import encoder_decoder_names, find_any_spec, model_names
 
 TOP_LEVEL = {".ci", "checkpoints", "configs", "docs", "evaluation", "scripts", "tests", "zoo"}
 
-MODEL_PLACES = ("zoo/layers", "zoo/moe", "zoo/model.py", "zoo/cache.py")
+MODEL_PLACES = ("zoo/layers", "zoo/moe", "zoo/model.py", "zoo/encoder_decoder.py", "zoo/cache.py")
 """Where the architecture is written down: no collectives, and no family by name."""
 
 FAMILY_NAMES = {part for name in FAMILIES for part in re.findall(r"[a-z]+", name)} - {"moe", "v"}
@@ -55,7 +56,7 @@ def test_no_file_names_a_place_of_one_machine(repository: Path, tracked: list[st
 def test_blocks_have_no_word_of_distribution(repository: Path) -> None:
     """In code, comments and docstrings; ``lora_rank`` is another kind of rank. Nor do they import who has one."""
     words = r"distributed|c10d|parallel|process|\branks?\b|world|shard|fsdp|dtensor|mesh|all_?(reduce|gather|to_?all)"
-    blocks = ("zoo.cache", "zoo.config", "zoo.layers", "zoo.model", "zoo.moe")
+    blocks = ("zoo.cache", "zoo.config", "zoo.encoder_decoder_config", "zoo.layers", "zoo.model", "zoo.moe")
     for path in python_files(repository, *MODEL_PLACES):
         found = [m.group() for m in re.finditer(words, path.read_text(), re.IGNORECASE)]
         assert found == [], path
@@ -68,13 +69,15 @@ def test_blocks_name_no_family(repository: Path) -> None:
     for path in python_files(repository, *MODEL_PLACES):
         words = [w for name in identifiers(path) for w in re.findall(r"[a-z]+", name.lower().replace("llama3", ""))]
         assert FAMILY_NAMES.intersection(words) == set(), path
+        assert not [name for name in identifiers(path) if any(family in name.lower() for family in ENCODER_DECODERS)]
 
 
 def test_no_block_has_an_option_that_no_config_uses() -> None:
-    used = {option for name in model_names() for option in options(find_spec(name).model)}
+    models = [*model_names(), *encoder_decoder_names()]
+    used = {option for name in models for option in options(find_any_spec(name).model)}
     declared = {
         (block.__name__, field.name, choice)
-        for block in blocks_of(ModelConfig)
+        for block in blocks_of(ModelConfig) | blocks_of(EncoderDecoderConfig)
         for field in dataclasses.fields(block)
         for choice in choices(typing.get_type_hints(block)[field.name]) or ("given",)
     }
