@@ -1,9 +1,10 @@
 """One load in a process of its own, ``python -m zoo.bench.load_child WAY DIRECTORY DTYPE DEVICE WARM_UP``, as JSON.
 
 ``seconds`` and ``bytes`` are those of loading DIRECTORY. Where a small checkpoint WARM_UP is given it is loaded before,
-so that they are without imports and whatever else is done once. ``first_token`` is the time (seconds since the epoch) at
-which the first token was known: the caller knows when it started the process. ``bytes`` is the growth of the resident set to its peak: pages of mapped files count as soon as they are touched, and
-what the allocator keeps counts as well, which a count of tensors would not see.
+so that they are without imports and whatever else is done once. ``first_token`` is the time in seconds since the epoch
+at which the first token was known: the caller knows when the process was started. ``bytes`` is the growth of the
+resident set to its peak: pages of mapped files count as soon as they are touched, and what the allocator keeps counts
+as well, which a count of tensors would not see.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def loader(way: str, dtype: torch.dtype, device: str) -> Callable[[Path], Any]:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        return lambda directory: MixtralForCausalLM.from_pretrained(directory, dtype=dtype).to(device)
+        model: Any = MixtralForCausalLM
+        return lambda directory: model.from_pretrained(directory, dtype=dtype).to(device)
     return read
 
 
@@ -44,7 +46,7 @@ def read(directory: Path) -> list[torch.Tensor]:
     for path in sorted(directory.glob("*.safetensors")):
         tensor = torch.empty(path.stat().st_size, dtype=torch.uint8)
         with path.open("rb", buffering=0) as file:
-            view = memoryview(tensor.numpy())
+            view = tensor.numpy().data
             while view:
                 view = view[file.readinto(view) :]
         tensors.append(tensor)

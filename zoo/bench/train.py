@@ -146,7 +146,6 @@ def measured(case: Case, options: Options) -> Row:
     model = case.spec.model
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.vocab_size, (case.batch, case.length + 1), generator=generator).to(options.device)
-    dense = derived(case.spec, "dense", dense_config(model, "flops", case.length), "equal in FLOPs of a token")
     ours = _zoo(case.spec, tokens, options)
     learners = {OURS: ours, **_peers(case, ours, tokens, options)}
     expected = ours.loss()
@@ -155,7 +154,7 @@ def measured(case: Case, options: Options) -> Row:
     steps = {way: learner.step for way, learner in learners.items()}
     left_out = _far_behind(steps)
     steps = {way: step for way, step in steps.items() if way not in left_out}
-    steps[LIMIT] = _zoo(dense, tokens, options).step
+    steps[LIMIT] = _zoo(dense(case), tokens, options).step
     seconds = interleaved(steps, options.rounds)
     peaks = {way: peak_bytes(step, options.device) for way, step in steps.items()}
     notes = {
@@ -167,6 +166,11 @@ def measured(case: Case, options: Options) -> Row:
         **({} if case.sweep is None else {"sweep": case.sweep[0], "value": case.sweep[1]}),
     }
     return Row("train", case.name, seconds, peaks, notes)
+
+
+def dense(case: Case) -> ModelSpec:
+    """The model without experts whose training step has as many FLOPs."""
+    return derived(case.spec, "dense", dense_config(case.spec.model, "flops", case.length), "equal in FLOPs")
 
 
 def _zoo(spec: ModelSpec, tokens: Tensor, options: Options) -> Learner:
