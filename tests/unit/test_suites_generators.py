@@ -121,6 +121,14 @@ def test_a_distance_that_no_graph_has_is_an_error_and_no_endless_search() -> Non
 # On disk -------------------------------------------------------------------------------------------------------
 
 
+def test_more_graphs_than_there_are_is_an_error_and_no_endless_search() -> None:
+    """Of four vertices, paths of two edges are all graphs of two edges that touch: 12 pairs of ends and 2 ways."""
+    sizes = {"vertices": 4, "edges": 2, "distances": (2,), "questions": 4}
+    assert len(shortest_path.make(ShortestPathConfig(**sizes, graphs=20)).training) == 20
+    with pytest.raises(ValueError, match="graphs = 21 .* hardly more than 24 .* 4 vertices"):
+        shortest_path.make(ShortestPathConfig(**sizes, graphs=21))
+
+
 def test_the_questions_that_come_with_the_tasks_are_those_of_the_default_configs(tmp_path: Path) -> None:
     write_shipped(tmp_path)
     made = {path.relative_to(tmp_path): path for path in tmp_path.rglob("*") if path.is_file()}

@@ -26,6 +26,9 @@ VERTEX_NAMES = ascii_uppercase
 _MAX_DRAWS = 10_000
 """Graphs tried for one question: at the default sizes every second or third one serves."""
 
+_MAX_REPEATS = 1_000
+"""Questions in a row that there are already, after which there are no others."""
+
 Item = dict[str, Any]
 """``edges`` (pairs of names in random order), ``source``, ``target``, ``distance``, ``path`` (one of the shortest)."""
 _Graph = dict[int, set[int]]
@@ -108,12 +111,20 @@ def _series(config: ShortestPathConfig, split: str, number: int, seen: set[str])
     """``number`` items that are not in ``seen``, which grows by them."""
     draw = random.Random(f"{config.seed}/shortest_path/{split}")
     items: list[Item] = []
+    repeats = 0
     while len(items) < number:
         item = _item(draw, config, config.distances[len(items) % len(config.distances)])
         key = " ".join(sorted("".join(sorted(edge)) for edge in item["edges"])) + item["source"] + item["target"]
         if key not in seen:
             seen.add(key)
             items.append(item)
+            repeats = 0
+        elif (repeats := repeats + 1) == _MAX_REPEATS:
+            raise ValueError(
+                f"graphs = {config.graphs:,} and questions = {config.questions:,}: there are hardly more than "
+                f"{len(seen):,} of them with {config.vertices} vertices, {config.edges} edges and distances "
+                f"{list(config.distances)}; ask for fewer, or for more vertices"
+            )
     return items
 
 
