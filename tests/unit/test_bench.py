@@ -126,6 +126,22 @@ def test_results_without_a_place_get_one_at_the_end() -> None:
     assert after.startswith("# Title\n\n## `load`\n\n<!-- zoo bench: load -->\n")
 
 
+def test_the_document_and_its_figure_are_written_from_the_files_alone(tmp_path: Path) -> None:
+    (tmp_path / document.DOCUMENT).write_text("# Title\n")
+    points = [replace(ROW, notes={"sweep": "experts", "value": n, "tokens": 8}) for n in (8, 16)]
+    save(empty("train", Options()).add(run_of(*points)), tmp_path / document.FOLDER)
+    document.write(tmp_path)
+    text = (tmp_path / document.DOCUMENT).read_text()
+    assert "![Cost of a token](performance/train-cost.png)" in text
+    assert (tmp_path / document.FOLDER / "train-cost.png").is_file()
+
+
+def test_a_file_of_another_name_is_refused(tmp_path: Path) -> None:
+    save(empty("train", Options()), tmp_path).rename(tmp_path / "load.json")
+    with pytest.raises(ValueError, match=r"load\.json: holds train; rename it to train\.json"):
+        document.load_all(tmp_path)
+
+
 def test_the_cost_plot_needs_a_sweep() -> None:
     results = empty("train", Options()).add(run_of(ROW))
     assert cost_plot(results) is None
