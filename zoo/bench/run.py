@@ -116,6 +116,7 @@ def _progress(total: int, show: bool) -> Iterator[Callable[[str, int], Any]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not show, transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not show, transient=True, speed_estimate_period=3600) as progress:
         task = progress.add_task("", total=total)
         yield lambda text, steps: progress.update(task, description=text, advance=steps)
