@@ -73,12 +73,11 @@ def test_values_and_gradients_equal_the_loop(
 @given(st.lists(st.integers(0, 9), max_size=12), st.integers(1, 12))
 def test_blocks_hold_every_row_once_and_whole_experts(counts: list[int], limit: int) -> None:
     blocks = blocks_of(counts, limit)
-    rows = [(e, block.rows.start + row) for block in blocks for e, part in block.parts for row in range(99)[part]]
-    assert rows == [
-        (expert, row) for row, expert in enumerate(e for e, count in enumerate(counts) for _ in range(count))
-    ]
-    assert all(len(block) <= limit or len(block.parts) == 1 for block in blocks)
-    assert all(len(block) == sum(len(range(99)[part]) for _, part in block.parts) for block in blocks)
+    assert [e for block in blocks for e in block.experts] == [e for e, count in enumerate(counts) if count]
+    assert [size for block in blocks for size in block.sizes] == [count for count in counts if count]
+    assert [row for block in blocks for row in range(99)[block.rows]] == list(range(sum(counts)))
+    assert all(len(block) == sum(block.sizes) for block in blocks)
+    assert all(len(block) <= limit or len(block.experts) == 1 for block in blocks)
 
 
 def layer(name: str = "mixtral-tiny", dtype: torch.dtype = torch.float32) -> MoE:

@@ -93,8 +93,10 @@ class Block:
     """The rows of some neighbouring experts."""
 
     rows: slice
-    parts: list[tuple[int, slice]]
-    """(expert, its rows counted from the first of the block), of experts that have any."""
+    experts: list[int]
+    """Those that have any rows, in order."""
+    sizes: list[int]
+    """How many each of them has."""
 
     def __len__(self) -> int:
         return self.rows.stop - self.rows.start
@@ -103,16 +105,28 @@ class Block:
 def blocks_of(counts: list[int], limit: int) -> list[Block]:
     """counts: [E] rows of each expert → blocks of at most ``limit`` rows, or of one expert that has more."""
     blocks: list[Block] = []
-    parts: list[tuple[int, slice]] = []
-    start = size = 0
+    experts: list[int] = []
+    start = stop = 0
     for expert, count in enumerate(counts):
-        if parts and size + count > limit:
-            blocks.append(Block(slice(start, start + size), parts))
-            start, size, parts = start + size, 0, []
+        if experts and stop + count - start > limit:
+            blocks.append(Block(slice(start, stop), experts, [counts[e] for e in experts]))
+            start, experts = stop, []
         if count:
-            parts.append((expert, slice(size, size + count)))
-            size += count
-    return [*blocks, Block(slice(start, start + size), parts)] if parts else blocks
+            experts.append(expert)
+            stop += count
+    return [*blocks, Block(slice(start, stop), experts, [counts[e] for e in experts])] if experts else blocks
+
+
+def _products(block: Block, rows: Tensor, weights: Tensor, out: Tensor) -> None:
+    """out = rows · weights of its expert. rows: [n, I] of ``block``. weights: [E, I, O]. out: [n, O]."""
+    for expert, x, y in zip(block.experts, rows.split(block.sizes), out.split(block.sizes), strict=True):
+        torch.mm(x, weights[expert], out=y)
+
+
+def _outer_products(block: Block, left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out[e] = leftᵀ · right over the rows of expert e. left: [n, O] of ``block``. right: [n, I]. out: [E, O, I]."""
+    for expert, x, y in zip(block.experts, left.split(block.sizes), right.split(block.sizes), strict=True):
+        torch.mm(x.t(), y, out=out[expert])
 
 
 def _forward(
@@ -127,7 +141,7 @@ def _forward(
 ) -> Tensor:
     """The sum [T, D]; pre-activations are written to ``kept`` [N, 2F] where it is given."""
     width, size = down.shape[2], max(map(len, blocks), default=0)
-    up_weights = gate_up.flatten(1, 2)
+    up_weights, down_weights = gate_up.flatten(1, 2).mT, down.mT
     out = torch.zeros_like(x)
     row_buffer, inner_buffer = x.new_empty(size, x.shape[1]), x.new_empty(size, width)
     both_buffer = x.new_empty(size, 2 * width) if kept is None else kept
@@ -136,12 +150,10 @@ def _forward(
         rows, inner = row_buffer[:n], inner_buffer[:n]
         both = both_buffer[:n] if kept is None else kept[block.rows]
         torch.index_select(x, 0, tokens, out=rows)
-        for expert, part in block.parts:
-            torch.mm(rows[part], up_weights[expert].t(), out=both[part])
+        _products(block, rows, up_weights, both)
         gate.forward(both[:, :width], inner)
         inner.mul_(both[:, width:]).mul_(weight[block.rows, None])
-        for expert, part in block.parts:
-            torch.mm(inner[part], down[expert].t(), out=rows[part])
+        _products(block, inner, down_weights, rows)
         out.index_add_(0, tokens, rows)
     return out
 
@@ -183,22 +195,19 @@ class _Mix(torch.autograd.Function):
             rows = torch.index_select(gradient, 0, tokens, out=row_buffer[:n])
             d_inner, d_both = inner_buffer[:n], both_buffer[:n]
             d_gate, d_up = d_both.chunk(2, dim=1)
-            for expert, part in block.parts:
-                torch.mm(rows[part], down[expert], out=d_inner[part])
+            _products(block, rows, down, d_inner)
             ctx.gate.forward(gate, d_up)
             # The place of the gate's gradient holds the inner activations until that is known.
             inner = torch.mul(d_up, up, out=d_gate)
             torch.sum(inner * d_inner, dim=1, out=d_weight[block.rows])
             inner.mul_(w)
-            for expert, part in block.parts:
-                torch.mm(rows[part].t(), inner[part], out=d_down[expert])
+            _outer_products(block, rows, inner, d_down)
             d_up.mul_(d_inner.mul_(w))
             ctx.gate.backward(d_inner.mul_(up), gate, d_gate)
-            for expert, part in block.parts:
-                torch.mm(d_both[part].t(), inputs[part], out=d_up_weights[expert])
-                torch.mm(d_both[part], up_weights[expert], out=rows[part])
+            _outer_products(block, d_both, inputs, d_up_weights)
+            _products(block, d_both, up_weights, rows)
             d_x.index_add_(0, tokens, rows)
-        busy = {expert for block in ctx.blocks for expert, _ in block.parts}
+        busy = {expert for block in ctx.blocks for expert in block.experts}
         for expert in set(range(len(down))) - busy:
             d_up_weights[expert].zero_()
             d_down[expert].zero_()
