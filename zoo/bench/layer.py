@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.bench.memory import peak_bytes
-from zoo.bench.peers import EXPERTS, check_equal, exported, in_transformers
+from zoo.bench.peers import EXPERTS, GATHERED_BYTES, check_equal, exported, in_transformers
 from zoo.bench.rows import LIMIT, OURS, Options, Row
 from zoo.bench.timing import interleaved
 from zoo.config import ModelSpec
@@ -29,8 +29,6 @@ from zoo.registry import find_spec
 
 MANY = 2048
 FEW = (1, 8, 32)
-GATHERED_BYTES = 2**30
-"""transformers' ``batched_mm`` copies the weights of each row's expert: it is not tried where they take more."""
 INPUTS = 8
 """So many inputs take turns where few tokens are computed, lest their experts stay in the cache."""
 TABLE_WIDTH = 1024

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 EXPERTS = ("eager", "batched_mm", "grouped_mm")
 """How transformers may compute experts on any device."""
 
+GATHERED_BYTES = 2**30
+"""transformers' ``batched_mm`` copies the weights of each row's expert: it is not tried where they take more."""
+
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """Largest difference between ours and a peer's result, over the range of the peer's."""
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from zoo.accounting import count_parameters, training_flops
 from zoo.bench.memory import peak_bytes
-from zoo.bench.peers import EXPERTS, check_equal, exported, in_litgpt, in_transformers
+from zoo.bench.peers import EXPERTS, GATHERED_BYTES, check_equal, exported, in_litgpt, in_transformers
 from zoo.bench.rows import LIMIT, OURS, Options, Row
 from zoo.bench.timing import interleaved
 from zoo.config import AttentionConfig, MLAConfig, ModelSpec, MoEConfig, save_spec
@@ -39,8 +39,6 @@ TOKENS = 2048
 LENGTHS = (256, 1024)
 VOCABULARIES = (2048, 32768)
 SMALL = VOCABULARIES[0]
-GATHERED_BYTES = 2**30
-"""transformers' ``batched_mm`` copies the weights of each row's expert: it is not tried where they take more."""
 FAR_BEHIND = 2.0
 """A peer that takes so many times as long as the fastest is timed once and left out of the rounds."""
 
