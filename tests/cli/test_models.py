@@ -54,10 +54,16 @@ def test_card_as_json_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(parameters["layers"]) == 61
     for kind in ("total", "active"):
         assert parameters[kind] == outside + sum(layer[kind] for layer in parameters["layers"])
-    assert card["weight_bytes"]["bf16"] == 2 * parameters["total"] + 4 * card["buffers"]
-    assert card["buffers"] == 58 * 256
+    (module,) = parameters["mtp"]
+    assert card["weight_bytes"]["bf16"] == 2 * (parameters["total"] + module["total"]) + 4 * card["buffers"]
+    assert card["buffers"] == 59 * 256
+    # The projection of embedding and hidden state and three norms more than a layer has.
+    assert module["total"] == parameters["layers"][-1]["total"] + 2 * 7168**2 + 3 * 7168
     assert card["cache_bytes_per_token"] == {"fp32": 61 * 576 * 4, "bf16": 61 * 576 * 2}
-    assert card["flops_per_token"]["training"] == 3 * card["flops_per_token"]["forward"]
+    # Training goes through the MTP module as well: a layer, the projection, and the head once more.
+    flops, matrices = card["flops_per_token"], module["active"] - (5 * 7168 + 1536 + 512) + 129280 * 7168
+    scores = 2 * 128 * (192 + 128) * (4096 + 1) / 2
+    assert flops["training"] / 3 - flops["forward"] == pytest.approx(2 * matrices + scores)
 
 
 def test_card_reads_a_file_and_a_checkpoint_directory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

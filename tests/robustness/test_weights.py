@@ -180,12 +180,12 @@ class TestPredictionModules:
     def test_module_that_is_announced_and_missing(self, source: Path) -> None:
         """As transformers saves a model that it loaded."""
         rewrite(source, lambda tensors: [tensors.pop(n) for n in list(tensors) if n.startswith("model.layers.2.")])
-        refused(source, r"tensor 'model.layers.2.embed_tokens.weight' is missing .*check that the config fits")
+        refused(source, r"tensor 'model.layers.2.\S+' is missing \(and \d+ more\); check that the config fits")
 
     def test_module_that_the_config_does_not_announce(self, source: Path) -> None:
         config = json.loads((source / "config.json").read_text())
         (source / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
-        refused(source, r"'model.layers.2.eh_proj.weight' has no place in the model|'model.layers.2.embed_tokens")
+        refused(source, r"tensor 'model.layers.2.\S+' has no place in the model")
 
 
 class TestFiles:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from test_training_module import one_step
 from torch import Tensor
 
+from zoo.cli.main import main
 from zoo.config import AttentionConfig, MambaConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from zoo.generation import generate
 from zoo.model import Decoder, build
@@ -336,3 +339,65 @@ def test_models_that_cannot_draft_are_refused() -> None:
         next(speculate(build(recurrent), PROMPT, max_new_tokens=4))
     with pytest.raises(ValueError, match="exceed the model's 64 positions"):
         next(speculate(build(CONFIG), PROMPT, max_new_tokens=60))
+
+
+@pytest.mark.slow
+def test_a_trained_model_accepts_its_own_drafts(
+    shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``zoo fit`` with the loss, then the same text from ``zoo generate`` either way, with fewer passes."""
+    text = (shared_data / "text" / "web_bible.txt").read_text(encoding="utf-8")[:600_000]
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    source, tokenizer, data = (str(tmp_path / name) for name in ("text.txt", "tokenizer", "data"))
+    assert main(["data", "train-tokenizer", "--vocab-size", "512", "--out", tokenizer, source]) == 0
+    assert main(["data", "build", "--tokenizer", tokenizer, "--out", data, "--separator", "\\n", source]) == 0
+    small = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "num_layers": 2,
+        "intermediate_size": 128,
+        "mtp_depth": 1,
+        "mla": dict(
+            num_heads=4, kv_lora_rank=32, q_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16
+        ),
+        "moe": {"num_experts": 8, "top_k": 2, "moe_intermediate_size": 32},
+    }
+    config = {
+        "model": {
+            "name": "deepseek-v3-tiny",
+            "overrides": small,
+            "mtp_coef": 0.3,
+            "bias_update_rate": 0.001,
+            "optimizer": {"lr": 3e-3},
+            "schedule": {"warmup_steps": 20},
+        },
+        "data": {"data_dir": data, "sequence_length": 128, "batch_size": 8},
+        "trainer": {
+            "default_root_dir": str(tmp_path / "run"),
+            "accelerator": "cpu",
+            "max_steps": 400,
+            "log_every_n_steps": 20,
+            "val_check_interval": 400,
+            "enable_progress_bar": False,
+        },
+        "checkpoint": {"every_n_steps": 400},
+    }
+    (tmp_path / "fit.yaml").write_text(json.dumps(config), encoding="utf-8")
+    assert main(["fit", "--config", str(tmp_path / "fit.yaml")]) == 0
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        losses = [float(row["train/mtp_loss"]) for row in csv.DictReader(file) if row["train/mtp_loss"]]
+    assert losses[-1] < losses[0] - 1
+
+    def generated(*flags: str) -> dict[str, Any]:
+        capsys.readouterr()
+        command = ["generate", str(tmp_path / "run" / "final"), "--prompt", "And the LORD said", "--json"]
+        assert main([*command, "--max-new-tokens", "300", *flags]) == 0
+        result: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return result
+
+    plain, speculative = generated(), generated("--speculative")
+    assert (plain["tokens"], plain["text"]) == (speculative["tokens"], speculative["text"])
+    counts = speculative["speculative"]
+    assert counts["acceptance_rate"] > 0.3
+    assert counts["passes"] + counts["accepted"] == len(speculative["tokens"]) - 1
+    print({**counts, "speed-up": speculative["tokens_per_second"] / plain["tokens_per_second"]})
