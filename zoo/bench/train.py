@@ -131,6 +131,8 @@ class Learner:
     adamw: torch.optim.AdamW
     loss: Callable[[], Tensor]
     """Mean negative log-likelihood of the next token in nats."""
+    logits: Callable[[], Tensor]
+    """[S, V] of the first row."""
 
     def step(self) -> None:
         """Forward, backward and optimizer; without gradients before and after."""
@@ -140,15 +142,16 @@ class Learner:
 
 
 def measured(case: Case, options: Options) -> Row:
-    """Ours, peers and limit on the batch of ``case``, whose losses agree before any step."""
+    """Ours, peers and limit on the batch of ``case``; losses and logits agree before any step."""
     model = case.spec.model
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.vocab_size, (case.batch, case.length + 1), generator=generator).to(options.device)
     ours = _zoo(case.spec, tokens, options)
     learners = {OURS: ours, **_peers(case, ours, tokens, options)}
-    expected = ours.loss()
+    expected = ours.loss(), ours.logits()
     for way, learner in learners.items():
-        check_equal(case.name, way, expected, learner.loss(), options.dtype)
+        for mine, other in zip(expected, (learner.loss(), learner.logits()), strict=True):
+            check_equal(case.name, way, mine, other, options.dtype)
     steps = {way: learner.step for way, learner in learners.items()}
     left_out = _far_behind(steps)
     steps = {way: step for way, step in steps.items() if way not in left_out}
@@ -161,6 +164,7 @@ def measured(case: Case, options: Options) -> Row:
         "active_parameters": count_parameters(model).active,
         "flops": training_flops(model, case.length) * case.batch * case.length,
         "left_out_seconds": left_out,
+        "remark": ", ".join(f"{way} left out after a step of {seconds:.3g} s" for way, seconds in left_out.items()),
         **({} if case.sweep is None else {"sweep": case.sweep[0], "value": case.sweep[1]}),
     }
     return Row("train", case.name, seconds, peaks, notes)
@@ -178,7 +182,8 @@ def _zoo(spec: ModelSpec, tokens: Tensor, options: Options) -> Learner:
         module = ZooModule(file.name)
     module.configure_model()
     module.to(options.device, options.dtype)
-    assert module.model is not None
+    decoder = module.model
+    assert decoder is not None
     batch = {
         "input_ids": tokens[:, :-1].contiguous(),
         "labels": tokens[:, 1:].contiguous(),
@@ -189,7 +194,7 @@ def _zoo(spec: ModelSpec, tokens: Tensor, options: Options) -> Learner:
         module.step_sums = None
         return module.training_step(batch, 0) / batch["labels"].numel()
 
-    return _learner(module.model, loss)
+    return Learner(decoder, _optimizer(decoder), loss, lambda: decoder(batch["input_ids"][:1]).logits[0])
 
 
 def _peers(case: Case, ours: Learner, tokens: Tensor, options: Options) -> dict[str, Learner]:
@@ -200,22 +205,31 @@ def _peers(case: Case, ours: Learner, tokens: Tensor, options: Options) -> dict[
         litgpt = in_litgpt(published, case.spec, options)
     ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].flatten()
 
-    def loss(model: nn.Module, experts: str | None = None) -> Tensor:
-        if experts is not None:
-            theirs.set_experts_implementation(experts)
-        out = model(ids) if experts is None else model(ids, use_cache=False).logits
-        return F.cross_entropy(out.flatten(0, 1).float(), labels)
+    def computed(experts: str, ids: Tensor) -> Tensor:
+        theirs.set_experts_implementation(experts)
+        logits: Tensor = theirs(ids, use_cache=False).logits
+        return logits
 
-    shared = _learner(theirs, partial(loss, theirs))
-    peers = {f"transformers {experts}": replace(shared, loss=partial(loss, theirs, experts)) for experts in _ways(case)}
+    def loss(forward: Callable[[Tensor], Tensor]) -> Tensor:
+        return F.cross_entropy(forward(ids).flatten(0, 1).float(), labels)
+
+    def logits(forward: Callable[[Tensor], Tensor]) -> Tensor:
+        return forward(ids[:1])[0]
+
+    shared = _optimizer(theirs)
+    peers = {}
+    for experts in _ways(case):
+        forward = partial(computed, experts)
+        peers[f"transformers {experts}"] = Learner(theirs, shared, partial(loss, forward), partial(logits, forward))
     if litgpt is not None:
-        peers["litgpt"] = _learner(litgpt.train(), partial(loss, litgpt))
+        litgpt.train()
+        peers["litgpt"] = Learner(litgpt, _optimizer(litgpt), partial(loss, litgpt), partial(logits, litgpt))
     return peers
 
 
-def _learner(model: nn.Module, loss: Callable[[], Tensor]) -> Learner:
-    """With the optimizer that ``zoo fit`` and transformers' Trainer both take."""
-    return Learner(model, build_optimizer(model, OptimizerConfig(), ScheduleConfig(), 10**6)[0], loss)
+def _optimizer(model: nn.Module) -> torch.optim.AdamW:
+    """The one that ``zoo fit`` and transformers' Trainer both take."""
+    return build_optimizer(model, OptimizerConfig(), ScheduleConfig(), 10**6)[0]
 
 
 def _ways(case: Case) -> list[str]:
