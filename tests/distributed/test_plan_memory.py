@@ -10,11 +10,9 @@ import gc
 
 import pytest
 import torch
-import torch.nn.functional as F
 from layouts import LAYOUTS, MODELS, Layout
 from live_bytes import LiveBytes, fused_norms
 from pool import Pools
-from torch import Tensor
 
 from zoo.config import ModelConfig
 from zoo.model import Decoder
@@ -70,11 +68,6 @@ class Case:
         return plan.sizes(layout.world, tensor=layout.tensor, expert=layout.expert, replicate=layout.replicate)
 
 
-def nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """As ``zoo.training`` takes it; the whole module would be imported into every worker for it."""
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
-
-
 def peak_of_two_steps(case: Case, layout: Layout) -> int:
     """Bytes on this rank: the second step finds the optimizer's moments and the gradients of the first."""
     meshes = build_meshes("cpu", case.sizes)
@@ -99,7 +92,7 @@ def peak_of_two_steps(case: Case, layout: Layout) -> int:
         for _ in range(2):
             for micro in range(case.micro_batches):
                 set_last_micro_batch(model, case.reduce_each or micro == case.micro_batches - 1)
-                loss = nll(model(ids).logits, ids.roll(-1, 1))
+                loss = model.nll(model(ids, logits_to_keep=None).hidden, ids.roll(-1, 1))
                 if micro == 0:  # when Lightning does
                     optimizer.zero_grad()
                 loss.backward()

@@ -20,7 +20,7 @@ from zoo.accounting import count_parameters, training_flops
 from zoo.cli.main import main
 from zoo.config import ModelConfig, MoEConfig
 from zoo.model import build
-from zoo.parallel.activations import block_activations, head_activations, loss_activations
+from zoo.parallel.activations import block_activations, head_activations, loss_chunk
 from zoo.parallel.communication import (
     Collective,
     expert_exchanges,
@@ -195,13 +195,16 @@ def test_a_dense_block_by_hand() -> None:
     norms, attention, ffn = 2 * (8192 + 4), 8192 + 2 * 128 * 2 * 40 + 4 * 32, 8192 + 4 * 2 * 14336
     assert block.whole == norms + attention + ffn
     assert block.kept("block") == 8192
-    assert head_activations(find_spec("llama-3-8b").model, 2) == 2 * 8192 + 4 + 12 * 128_256
+    assert head_activations(find_spec("llama-3-8b").model, 2) == 3 * 8192 + 4
 
 
-def test_logits_are_largest_in_the_backward_pass() -> None:
-    config = find_spec("llama-3-8b").model
-    assert head_activations(config, 2) - loss_activations(config, 2) == 2 * 128_256
-    assert head_activations(config, 4) - loss_activations(config, 4) == 4 * 128_256
+def test_logits_of_one_chunk_by_hand() -> None:
+    """2²⁷ of them: 1,046 tokens of Llama 3's vocabulary."""
+    llama, gemma = find_spec("llama-3-8b").model, find_spec("gemma-2-9b").model
+    assert loss_chunk(llama, 2, 8192) == 1046 * (6 * 128_256 + 8192)
+    assert loss_chunk(llama, 4, 8192) == 1046 * (4 * 128_256 + 2 * 8192)
+    assert loss_chunk(llama, 2, 100) == 100 * (6 * 128_256 + 8192)
+    assert loss_chunk(gemma, 2, 8192) == 524 * (10 * 256_000 + 2 * 3584)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -74,15 +74,19 @@ class _LinearNLL(torch.autograd.Function):
         tokens = chunk_tokens(len(weight), device)
         with torch.autocast(device, enabled=False):
             head = weight.to(dtype)
-            logits = hidden.new_empty(min(tokens, len(hidden)), len(weight), dtype=dtype)
+            products = hidden.new_empty(min(tokens, len(hidden)), len(weight), dtype=dtype)
+            logits = products if dtype == wide else torch.empty_like(products, dtype=wide)
             for start in range(0, len(hidden), tokens):
                 chunk = slice(start, start + tokens)
                 x = hidden[chunk].to(dtype)
-                out = torch.mm(x, head.t(), out=logits[: len(x)]).to(wide)
+                product, out = products[: len(x)], logits[: len(x)]
+                torch.mm(x, head.t(), out=product)
+                if dtype != wide:
+                    out.copy_(product)
                 nll, grad = _chunk(out, labels[chunk].unsqueeze(1), multiplier, cap, of_hidden or of_weight)
                 total += nll
                 if grad is not None:
-                    grad = grad.to(dtype)
+                    grad = grad if dtype == wide else product.copy_(grad)
                     if grad_hidden is not None:
                         grad_hidden[chunk] = grad @ head
                     if grad_weight is not None:

@@ -15,7 +15,10 @@ router. Per token, with b bytes an element (2 in bf16-mixed) and t tensor ranks:
                 + K / t · (b D + 4 b F + 4 D): an expert's input, the inside of its FFN, its output widened to fp32;
                 where tokens travel to other ranks it is b D and not 4 D, as it is not widened
                 + 4 b F_shared / t, and b D where the shared experts are gated
-    head        2 b D + 4 + 12 V: final norm; logits, log-probabilities and their gradient
+    head        3 b D + 4: final norm; the gradient of its output, which the loss computes at once
+
+Beside these, for each token of one chunk of the loss (``linear_nll``): b D + 4 V, in bf16-mixed 2 V more, and
+4 V more of soft-capped logits. These are the logits, which become their gradient, and its product with the head.
 
 Shapes: D model, F FFN, H query heads, G key/value heads, d head size, E experts, K top-k, V vocabulary; of MLA: q and r
 query and key-value latent, n, p and v sizes of a head without position, rotary, and of values.
@@ -26,6 +29,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zoo.config import AttentionConfig, MLAConfig, ModelConfig, MoEConfig
+from zoo.layers.linear_nll import chunk_tokens
 from zoo.parallel.communication import mean_destinations
 from zoo.parallel.footprint import Recompute
 from zoo.parallel.mesh import MeshSizes
@@ -97,14 +101,15 @@ def block_activations(config: ModelConfig, layer: int, itemsize: int, sizes: Mes
 
 
 def head_activations(config: ModelConfig, itemsize: int) -> float:
-    """Bytes per token of the final norm, the logits and the loss in the backward pass, freed before any block's."""
-    return 2 * itemsize * config.hidden_size + WIDE + 3 * WIDE * config.vocab_size
+    """Bytes per token of the final norm and of the gradient of its output, freed before any block's."""
+    return 3 * itemsize * config.hidden_size + WIDE
 
 
-def loss_activations(config: ModelConfig, itemsize: int) -> float:
-    """The same at the end of the forward pass: logits as they are, widened to fp32, and log-probabilities."""
-    logits = itemsize + WIDE + (WIDE if itemsize < WIDE else 0)
-    return 2 * itemsize * config.hidden_size + WIDE + logits * config.vocab_size
+def loss_chunk(config: ModelConfig, itemsize: int, tokens: int) -> float:
+    """Bytes of the logits that are there at a time in the loss of ``tokens``."""
+    copies = WIDE + (itemsize if itemsize < WIDE else 0) + (0 if config.logit_softcap is None else WIDE)
+    chunk = min(tokens, chunk_tokens(config.vocab_size, "cuda"))
+    return chunk * (copies * config.vocab_size + itemsize * config.hidden_size)
 
 
 def _attention(a: AttentionConfig, itemsize: int, tensor: int) -> float:

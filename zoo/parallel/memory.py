@@ -6,7 +6,8 @@ largest at the same time, so that moments are compared:
     forward     Gradients of the step before (Lightning frees them after it); the activations kept so far, and those of
                 a running block, with its parameters gathered, beside the buffer that they were gathered in and that of
                 the unit before.
-    loss        The same with all that is kept and the logits, first forward, then backward.
+    loss        The same with all that is kept, a chunk of logits, and the gradients that are computed with them: of the
+                final hidden states, and in fp32 of the head; then backward, where the head's is cast.
     backward    For the first and last blocks of a kind: the gradients of the blocks after it; what is kept for those
                 before it; and of the block itself what one of five moments needs (``_backward``).
     end         All gradients, and those of embedding and head in both dtypes.
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from zoo.accounting import FP32_BYTES, count_buffers
-from zoo.parallel.activations import BlockActivations, block_activations, head_activations, loss_activations
+from zoo.parallel.activations import BlockActivations, block_activations, head_activations, loss_chunk
 from zoo.parallel.estimate import Setting, Workload
 from zoo.parallel.footprint import COMPUTE_BYTES, Holdings, Layers, Recompute
 from zoo.parallel.mesh import MeshSizes
@@ -118,13 +119,20 @@ def _moments(work: Workload, sizes: MeshSizes, held: Holdings, setting: Setting)
                 activations=tokens * (place.kept_before + moment.activations),
             )
     kept = sum(layers.count * own.kept(recompute) for layers, own in kinds)
-    for gradients, logits in ((before, loss_activations), (summed, head_activations)):
-        yield Moment(
-            gradients=gradients,
-            gathered=resident,
-            unreduced=waiting,
-            activations=tokens * (kept + logits(config, itemsize)),
-        )
+    kept += head_activations(config, itemsize)
+    wide_head = config.vocab_size * config.hidden_size * FP32_BYTES
+    yield Moment(
+        gradients=before,
+        gathered=resident,
+        unreduced=waiting + wide_head,
+        activations=tokens * kept + loss_chunk(config, itemsize, tokens),
+    )
+    yield Moment(
+        gradients=summed,
+        gathered=resident,
+        unreduced=waiting + wide_head + (head if itemsize < FP32_BYTES else 0),
+        activations=tokens * kept,
+    )
     unreduced = waiting or held.root.gathered * (itemsize + FP32_BYTES)
     yield Moment(gradients=everything, unreduced=unreduced, activations=tokens * itemsize * config.hidden_size)
 
