@@ -124,7 +124,9 @@ class _Drafter:
             hidden: [1, S, D], h⁰ of the positions that the decoder has seen since the last call.
             at_most: how many are of use.
         """
-        n, drafts, last = len(tokens) - 1, [], []
+        n = len(tokens) - 1
+        drafts: list[int] = []
+        last: list[Tensor] = []
         for k, (module, cache) in enumerate(zip(self._modules[:at_most], self._caches, strict=False), start=1):
             missing = n - cache.length - hidden.shape[1]
             if missing:

@@ -19,6 +19,8 @@ from zoo.cli.main import main
 from zoo.config import AttentionConfig, MambaConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from zoo.generation import generate
 from zoo.model import Decoder, build
+from zoo.parallel.plan import load_plan, plan_names, resolve
+from zoo.parallel.stages import cut
 from zoo.speculative import Acceptance, speculate
 from zoo.training.loss import mtp_nll
 from zoo.training.module import ZooModule
@@ -259,6 +261,21 @@ def test_selection_biases_move_where_the_modules_run(coefficient: float, tmp_pat
     modules = {"mtp.0.ffn.router.bias"} if coefficient else set()
     assert moved == {"layers.1.ffn.router.bias"} | modules
     assert any(name.startswith("model.mtp") for name in gradients) == bool(coefficient)
+
+
+@pytest.mark.parametrize("plan", plan_names())
+def test_plans_place_modules_like_layers(plan: str) -> None:
+    with torch.device("meta"):
+        rules = resolve(load_plan(plan), Decoder(CONFIG))
+    assert {"layers.1", "mtp.0", "mtp.1"} <= set(rules.units)
+    names = {*rules.experts, *rules.tensor, *rules.full_precision}
+    beside_a_layer = {name.replace("layers.1.", "mtp.0.") for name in names if name.startswith("layers.1.")}
+    assert beside_a_layer == {name for name in names if name.startswith("mtp.0.")} != set()
+
+
+def test_pipelines_refuse_modules() -> None:
+    with torch.device("meta"), pytest.raises(ValueError, match="pipeline: mtp_depth = 2: an MTP module needs"):
+        cut(Decoder(CONFIG), range(1))
 
 
 # -----------------------------------------------------------------------------------------------------------------
