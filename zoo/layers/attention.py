@@ -49,7 +49,8 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, S, D] → q [B, S, H, d], k and v [B, S, G, d], normalised where they are."""
-        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
         return self.q_norm(q), self.k_norm(k), v
 
     def place(
