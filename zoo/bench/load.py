@@ -50,6 +50,8 @@ def rows(options: Options) -> Iterator[Row]:
     }
     if not any(wanted.values()):
         return
+    if sys.platform != "linux":
+        raise ValueError("load: peak memory is read from /proc, which only Linux has; leave this subject out")
     importlib.import_module(PEER)  # where the extra is missing, no checkpoint is made
     checkpoint, size = made(options)
     for layout, whats in wanted.items():

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -21,6 +22,8 @@ from zoo.registry import read_json
 from zoo.training.run import environment
 
 PEERS = ("transformers", "litgpt", "lm-eval")
+_NUMBERS = re.compile(r"\[[-+\d.,e\s]+\]")
+"""A list of numbers in JSON, which is to stand in one line."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,8 @@ def save(results: Results, directory: Path) -> Path:
     """Write or replace ``directory / NAME.json``; times are cut to a tenth of a thousandth of themselves."""
     path = directory / f"{results.name}.json"
     directory.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(as_json(results), indent=1) + "\n")
+    text = json.dumps(as_json(results), indent=1)
+    write_text(path, _NUMBERS.sub(lambda found: " ".join(found[0].split()), text) + "\n")
     return path
 
 
