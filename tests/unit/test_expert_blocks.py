@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.layers.ffn import Activation
 from zoo.model import build
-from zoo.moe.blocked import blocks_of, mix_blocked
-from zoo.moe.dispatch import Assignment, LocalDispatcher, assign
+from zoo.moe.blocked import blocks_of, mix_blocked, mix_one
+from zoo.moe.dispatch import LocalDispatcher
 from zoo.moe.experts import Experts, GEGLUExperts, experts_loop
 from zoo.moe.layer import MoE
 from zoo.moe.router import RouterOutput
@@ -59,14 +59,24 @@ def test_values_and_gradients_equal_the_loop(
     x, routing = routed(tokens, num_experts, min(top_k, num_experts))
     weights = parameters(num_experts)
     leaves = (x, routing.weights, *weights)
-    out = mix_blocked(x, assign(routing), *weights, experts.activation, block_rows)
+    out = mix_blocked(x, routing, *weights, experts.activation, block_rows)
     expected = by_the_loop(x, routing, *weights, experts.activation)
     grad = torch.randn_like(out)
     got, want = (torch.autograd.grad(y, leaves, grad) for y in (out, expected))
     for ours, theirs in zip((out, *got), (expected, *want), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     with torch.no_grad():
-        assert torch.equal(mix_blocked(x, assign(routing), *weights, experts.activation, block_rows), out)
+        assert torch.equal(mix_blocked(x, routing, *weights, experts.activation, block_rows), out)
+
+
+@pytest.mark.parametrize("experts", [Experts, GEGLUExperts])
+def test_one_token_is_computed_without_sorting(experts: type[Experts]) -> None:
+    torch.manual_seed(0)
+    x, routing = routed(1, 9, 4)
+    weights = parameters(9)
+    with torch.no_grad():
+        out = mix_one(x, routing, *weights, experts.activation)
+    torch.testing.assert_close(out, by_the_loop(x, routing, *weights, experts.activation), rtol=1e-12, atol=1e-12)
 
 
 @settings(max_examples=100, deadline=None)
@@ -123,11 +133,11 @@ def test_recomputed_in_a_checkpoint_it_is_the_same() -> None:
     weights = parameters(6)
     leaves = (x, routing.weights, *weights)
 
-    def mix(x: Tensor, assignment: Assignment) -> Tensor:
-        return mix_blocked(x, assignment, *weights)
+    def mix(x: Tensor, routing: RouterOutput) -> Tensor:
+        return mix_blocked(x, routing, *weights)
 
     results = [
-        torch.autograd.grad(way(x, assign(routing)).square().sum(), leaves)
+        torch.autograd.grad(way(x, routing).square().sum(), leaves)
         for way in (mix, lambda *args: checkpoint(mix, *args, use_reentrant=False))
     ]
     for plain, again in zip(*results, strict=True):
@@ -137,7 +147,7 @@ def test_recomputed_in_a_checkpoint_it_is_the_same() -> None:
 def test_the_gradient_can_be_taken_twice_from_one_graph() -> None:
     x, routing = routed(20, 6, 3)
     weights = parameters(6)
-    loss = mix_blocked(x, assign(routing), *weights).square().sum()
+    loss = mix_blocked(x, routing, *weights).square().sum()
     first, second = (torch.autograd.grad(loss, (x, *weights), retain_graph=True) for _ in range(2))
     for one, two in zip(first, second, strict=True):
         assert torch.equal(one, two)
@@ -149,7 +159,7 @@ def test_an_idle_expert_is_never_read_and_has_no_gradient() -> None:
     experts = torch.tensor([[0, 2], [2, 0]])
     weights, scores = torch.rand(2, 2, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64)
     routing = RouterOutput(scores, scores, weights, experts)
-    out = mix_blocked(torch.randn(2, D, dtype=torch.float64), assign(routing), gate_up, down)
+    out = mix_blocked(torch.randn(2, D, dtype=torch.float64), routing, gate_up, down)
     assert out.isfinite().all()
     for gradient in torch.autograd.grad(out.sum(), (gate_up, down)):
         assert not gradient[1].any() and gradient[0].any() and gradient[2].any()
@@ -158,7 +168,7 @@ def test_an_idle_expert_is_never_read_and_has_no_gradient() -> None:
 def test_only_first_derivatives_are_given() -> None:
     x, routing = routed(5, 3, 2)
     weights = parameters(3)
-    loss = mix_blocked(x, assign(routing), *weights).square().sum()
+    loss = mix_blocked(x, routing, *weights).square().sum()
     (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()

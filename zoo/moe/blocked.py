@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.layers.ffn import Activation, gelu_tanh
-from zoo.moe.dispatch import Assignment
+from zoo.moe.dispatch import assign
+from zoo.moe.router import RouterOutput
 
 BLOCK_ROWS = 512
 """Rows of a block: enough for the cost of a call to vanish, few enough for their activations to stay in the cache."""
@@ -51,8 +52,15 @@ _GATES: dict[Activation, _Gate] = {
 }
 
 
+def mix(x: Tensor, routing: RouterOutput, gate_up: Tensor, down: Tensor, activation: Activation = F.silu) -> Tensor:
+    """Arguments and result as ``mix_blocked``, in the way that is the fastest."""
+    if len(x) == 1 and not torch.is_grad_enabled():
+        return mix_one(x, routing, gate_up, down, activation)
+    return mix_blocked(x, routing, gate_up, down, activation)
+
+
 def blocked_applies(x: Tensor, gate_up: Tensor, activation: Activation) -> bool:
-    """Whether ``mix_blocked`` computes this: on the CPU, in fp32 or fp64 throughout, eagerly."""
+    """Whether ``mix`` computes this: on the CPU, in fp32 or fp64 throughout, eagerly."""
     return (
         x.device.type == "cpu"
         and x.dtype == gate_up.dtype
@@ -63,9 +71,24 @@ def blocked_applies(x: Tensor, gate_up: Tensor, activation: Activation) -> bool:
     )
 
 
+def mix_one(x: Tensor, routing: RouterOutput, gate_up: Tensor, down: Tensor, activation: Activation = F.silu) -> Tensor:
+    """``mix_blocked`` of a single token, as in decoding: nothing to sort, and each product adds to the sum itself.
+
+    Half of the calls of a block, which count beside the reading of a few experts' weights. x: [1, D].
+    """
+    up_weights, down_weights = gate_up.flatten(1, 2).mT, down.mT
+    experts = routing.experts[0].tolist()
+    gate, up = torch.cat([torch.mm(x, up_weights[expert]) for expert in experts]).chunk(2, dim=1)
+    inner = activation(gate) * up * routing.weights.mT
+    out = torch.zeros_like(x)
+    for expert, row in zip(experts, inner.split(1), strict=True):
+        out.addmm_(row, down_weights[expert])
+    return out
+
+
 def mix_blocked(
     x: Tensor,
-    assignment: Assignment,
+    routing: RouterOutput,
     gate_up: Tensor,
     down: Tensor,
     activation: Activation = F.silu,
@@ -74,12 +97,13 @@ def mix_blocked(
     """Each token's sum of weight · expert(x) over its experts.
 
     Args:
-        x: [T, D] fp32 or fp64. assignment: of its tokens. gate_up: [E, 2, F, D]. down: [E, D, F].
+        x: [T, D] fp32 or fp64. routing: of its tokens. gate_up: [E, 2, F, D]. down: [E, D, F].
         activation: of the gate, one that has its derivative here. block_rows: as ``blocks_of``'s limit.
 
     Returns:
         [T, D].
     """
+    assignment = assign(routing)
     gate, blocks = _GATES[activation], blocks_of(assignment.counts.tolist(), block_rows)
     leaves = (x, assignment.weight, gate_up, down)
     if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.layers.ffn import Activation, gelu_tanh
-from zoo.moe.blocked import blocked_applies, mix_blocked
-from zoo.moe.dispatch import Assignment
+from zoo.moe.blocked import blocked_applies, mix
+from zoo.moe.router import RouterOutput
 
 
 class Experts(nn.Module):
@@ -24,18 +24,18 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2, intermediate_size, hidden_size))
         self.down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
-    def forward(self, x: Tensor, of: Tensor | Assignment) -> Tensor:
+    def forward(self, x: Tensor, of: Tensor | RouterOutput) -> Tensor:
         """What experts make of rows or, where ``mixes(x)``, of tokens.
 
         Args:
             x: rows [N, D] sorted by expert; or tokens [T, D].
-            of: counts [E] int64, rows of each expert in turn; or the assignment of the tokens.
+            of: counts [E] int64, rows of each expert in turn; or the routing of the tokens.
 
         Returns:
             [N, D]; or [T, D], each token's sum over its experts of weight · row.
         """
-        if isinstance(of, Assignment):
-            return mix_blocked(x, of, self.gate_up, self.down, self.activation)
+        if isinstance(of, RouterOutput):
+            return mix(x, of, self.gate_up, self.down, self.activation)
         return self.compute(x, of, *self.weights)
 
     def mixes(self, x: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo.config import ModelConfig
 from zoo.layers.ffn import GATED
 from zoo.moe.clamped import ClampedExperts
-from zoo.moe.dispatch import Dispatcher, LocalDispatcher, assign
+from zoo.moe.dispatch import Dispatcher, LocalDispatcher
 from zoo.moe.experts import Experts, GEGLUExperts
 from zoo.moe.router import BiasedRouter, Router, RouterOutput
 
@@ -51,7 +51,7 @@ class MoE(nn.Module):
     def mix(self, tokens: Tensor, routing: RouterOutput) -> Tensor:
         """tokens [T, D] → [T, D], each token's sum over its experts of weight · expert(token)."""
         if self.dispatcher is None and self.experts.mixes(tokens):
-            mixed: Tensor = self.experts(tokens, assign(routing))
+            mixed: Tensor = self.experts(tokens, routing)
             return mixed
         dispatcher = self.dispatcher or LocalDispatcher()
         rows, counts, state = dispatcher.dispatch(tokens, routing)
