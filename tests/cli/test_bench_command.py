@@ -36,10 +36,11 @@ def test_a_mistake_is_one_line(argv: list[str], message: str, capsys: pytest.Cap
 
 
 def test_a_missing_peer_names_the_extra() -> None:
-    """The process finds no transformers, as where the extra is not installed."""
+    """The process finds no transformers; torchmetrics, which sees that it is installed, has been imported before."""
     code = (
-        "import sys; sys.modules['transformers'] = None\n"
+        "import sys, torchmetrics\n"
         "from zoo.cli.main import main\n"
+        "sys.modules['transformers'] = None\n"
         "sys.exit(main(['bench', 'attention', '--case', 'GQA, context 512, batch 1']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
