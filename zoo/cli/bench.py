@@ -57,7 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data-root", type=Path, metavar="DIR", help="for eval: local mirror of data sets, as of `zoo eval`"
     )
     parser.add_argument(
-        "--checkpoint-size", type=int, default=10**9, metavar="BYTES", help="for load: of how many bytes about (default 1e9)"
+        "--checkpoint-size",
+        type=int,
+        default=10**9,
+        metavar="BYTES",
+        help="for load: of how many bytes about (default 1e9)",
     )
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help="for load: where that is kept (default ~/.cache/moe-zoo/bench)"
