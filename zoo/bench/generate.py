@@ -5,24 +5,24 @@ Shapes: B batch, S tokens of the prompt, D model, V vocabulary.
 
 from __future__ import annotations
 
-import tempfile
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from zoo.accounting import cache_elements_per_token, count_parameters
+from zoo.bench.peers import EXPERTS, exported, in_transformers
 from zoo.bench.rows import LIMIT, OURS, Options, Row
 from zoo.bench.timing import interleaved
 from zoo.config import AttentionConfig, MLAConfig, ModelSpec
 from zoo.generation import generate
+from zoo.int8 import quantize_int8
 from zoo.model import Decoder, build
 from zoo.registry import find_spec
-from zoo.weights import export_checkpoint, load, save_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 PROMPT, NEW = 32, 128
 """Tokens of a prompt and of its continuation."""
 BATCHES = (1, 8)
-EXPERTS = ("eager", "batched_mm", "grouped_mm")
-"""How transformers may compute experts."""
+ROUNDED = "mixtral-190m"
+"""Whose decoding with 8-bit weights is held against our own in fp32."""
 TIE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Logits that are as near to each other, over their standard deviation, may come out in either order."""
 
@@ -41,16 +41,22 @@ def rows(options: Options) -> Iterator[Row]:
     for name, spec in _specs().items():
         cases = {batch: f"{name}, batch {batch}" for batch in BATCHES}
         wanted = {batch: case for batch, case in cases.items() if options.wants(case)}
+        rounded = f"{name}, int8, batch 1"
+        rounds = name == ROUNDED and options.device == "cpu" and options.wants(rounded)
+        if wanted or rounds:
+            ours = build(spec.model, dtype=options.dtype, device=options.device).eval()
         if wanted:
-            with tempfile.TemporaryDirectory() as directory:
-                ours, theirs = _models(spec, Path(directory), options)
+            with exported(ours, spec) as published:
+                theirs = in_transformers(published, options)
             for batch, case in wanted.items():
                 yield _row(case, ours, theirs, batch, options)
+            del theirs
+        if rounds:
+            yield _rounded_row(rounded, ours, options)
 
 
 def _row(case: str, ours: Decoder, theirs: PreTrainedModel, batch: int, options: Options) -> Row:
-    ids = torch.randint(ours.config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(batch))
-    ids = ids.to(options.device)
+    ids = _prompts(ours, batch, options)
     ways: dict[str, Callable[[], Any]] = {OURS: partial(generate, ours, ids, max_new_tokens=NEW)}
     for experts in EXPERTS:
         ways[f"transformers {experts}"] = partial(_their_tokens, theirs, experts, ids)
@@ -73,14 +79,21 @@ def _row(case: str, ours: Decoder, theirs: PreTrainedModel, batch: int, options:
     return Row("generate", case, seconds, notes=notes)
 
 
-def _models(spec: ModelSpec, directory: Path, options: Options) -> tuple[Decoder, PreTrainedModel]:
-    """The same weights here and in transformers, through a checkpoint of ours and its export."""
-    from transformers import AutoModelForCausalLM
+def _rounded_row(case: str, exact: Decoder, options: Options) -> Row:
+    """Ours with 8-bit weights, beside ours without."""
+    rounded = copy.deepcopy(exact)
+    quantize_int8(rounded)
+    ids = _prompts(exact, 1, options)
+    name = f"{OURS} {str(options.dtype).removeprefix('torch.')}"
+    ways = {OURS: partial(generate, rounded, ids, max_new_tokens=NEW)}
+    ways[name] = partial(generate, exact, ids, max_new_tokens=NEW)
+    return Row("generate", case, interleaved(ways, options.rounds), notes={"new_tokens": NEW})
 
-    save_model(build(spec.model), spec, directory / "zoo")
-    export_checkpoint(directory / "zoo", directory / "hf")
-    theirs = AutoModelForCausalLM.from_pretrained(directory / "hf", dtype=options.dtype).to(options.device).eval()
-    return load(directory / "zoo", dtype=options.dtype, device=options.device), theirs
+
+def _prompts(model: Decoder, batch: int, options: Options) -> Tensor:
+    """[batch, PROMPT] int64"""
+    generator = torch.Generator().manual_seed(batch)
+    return torch.randint(model.config.vocab_size, (batch, PROMPT), generator=generator).to(options.device)
 
 
 def _their_tokens(model: PreTrainedModel, experts: str, ids: Tensor) -> list[list[int]]:
