@@ -34,7 +34,7 @@ def test_card_equals_the_model_of_transformers(name: str) -> None:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**get_family(spec.family).to_hf(spec.model)))
     parameters = sum(p.numel() for p in model.parameters())
     assert count_parameters(spec.model).total == parameters
-    # MTP modules are no part of transformers' model: tests/parity/test_mtp.py.
+    # MTP modules are no part of transformers' model: tests/parity/test_mtp_weights.py.
     # transformers, too, keeps DeepSeek-V3's selection bias (e_score_correction_bias) as a saved buffer.
     tied = spec.model.vocab_size * spec.model.hidden_size if spec.model.tie_word_embeddings else 0
     assert (

@@ -601,7 +601,7 @@ def test_every_tensor_has_its_name_and_shape_in_transformers(name: str) -> None:
     """At full width; four layers are enough to have each kind, or as many as there are up to an attention layer."""
     spec = find_spec(name)
     layers = spec.model.mamba.attention_offset + 1 if spec.model.mamba else 4
-    # Without MTP modules, which transformers does not keep in the model: tests/parity/test_mtp.py.
+    # Without MTP modules, which transformers does not keep in the model: tests/parity/test_mtp_weights.py.
     config, family = dataclasses.replace(spec.model, num_layers=layers, mtp_depth=0), get_family(spec.family)
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**family.to_hf(config))).state_dict()
