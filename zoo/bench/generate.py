@@ -96,7 +96,8 @@ def _prompts(model: Decoder, batch: int, options: Options) -> Tensor:
     return torch.randint(model.config.vocab_size, (batch, PROMPT), generator=generator).to(options.device)
 
 
-def _their_tokens(model: PreTrainedModel, experts: str, ids: Tensor) -> list[list[int]]:
+def _their_tokens(model: Any, experts: str, ids: Tensor) -> list[list[int]]:
+    """``NEW`` tokens of each prompt [B, S] by ``generate`` of a transformers model, experts computed as named."""
     model.set_experts_implementation(experts)
     made = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
