@@ -209,13 +209,12 @@ class _Mix(torch.autograd.Function):
         up_weights = gate_up.flatten(1, 2)
         d_x, d_weight = torch.zeros_like(x), torch.empty_like(weight)
         d_up_weights, d_down = x.new_empty(up_weights.shape), x.new_empty(down.shape)
-        x_buffer, row_buffer = x.new_empty(2, size, x.shape[1])
-        inner_buffer, both_buffer = x.new_empty(size, width), x.new_empty(size, 2 * width)
+        row_buffer, inner_buffer = x.new_empty(size, x.shape[1]), x.new_empty(size, width)
+        both_buffer = x.new_empty(size, 2 * width)
         for block in ctx.blocks:
             tokens, n = token[block.rows], len(block)
             w = weight[block.rows, None]
             gate, up = kept[block.rows].chunk(2, dim=1)
-            inputs = torch.index_select(x, 0, tokens, out=x_buffer[:n])
             rows = torch.index_select(gradient, 0, tokens, out=row_buffer[:n])
             d_inner, d_both = inner_buffer[:n], both_buffer[:n]
             d_gate, d_up = d_both.chunk(2, dim=1)
@@ -228,7 +227,8 @@ class _Mix(torch.autograd.Function):
             _outer_products(block, rows, inner, d_down)
             d_up.mul_(d_inner.mul_(w))
             ctx.gate.backward(d_inner.mul_(up), gate, d_gate)
-            _outer_products(block, d_both, inputs, d_up_weights)
+            torch.index_select(x, 0, tokens, out=rows)
+            _outer_products(block, d_both, rows, d_up_weights)
             _products(block, d_both, up_weights, rows)
             d_x.index_add_(0, tokens, rows)
         busy = {expert for block in ctx.blocks for expert in block.experts}
