@@ -16,8 +16,9 @@ from pool import Pools
 
 from zoo.config import ModelConfig
 from zoo.model import Decoder
+from zoo.moe.dispatch import LocalDispatcher
 from zoo.parallel import init
-from zoo.parallel.apply import ParallelOptions, parallelize
+from zoo.parallel.apply import ParallelOptions, moe_layers, parallelize
 from zoo.parallel.estimate import Setting, Workload
 from zoo.parallel.footprint import Precision, Recompute, holdings, resolve_units
 from zoo.parallel.grads import set_last_micro_batch
@@ -79,6 +80,8 @@ def peak_of_two_steps(case: Case, layout: Layout) -> int:
         reshard_after_forward=case.reshard,
     )
     parallelize(model, meshes, load_plan(layout.plan), options)
+    for _, moe in moe_layers(model):  # rows are sorted and kept, as on a GPU; the CPU's own way keeps fewer
+        moe.dispatcher = moe.dispatcher or LocalDispatcher()
     model.to_empty(device="cpu")
     init.initialize(model, seed=1)
     generator = torch.Generator().manual_seed(meshes.data.get_local_rank())

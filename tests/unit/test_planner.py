@@ -20,7 +20,9 @@ from zoo.accounting import count_parameters, training_flops
 from zoo.cli.main import main
 from zoo.config import ModelConfig, MoEConfig
 from zoo.model import build
+from zoo.moe.dispatch import LocalDispatcher
 from zoo.parallel.activations import block_activations, head_activations, loss_chunk
+from zoo.parallel.apply import moe_layers
 from zoo.parallel.communication import (
     Collective,
     expert_exchanges,
@@ -151,8 +153,10 @@ def test_expert_ranks_hold_fewer_experts_at_a_time() -> None:
 
 
 def saved_bytes(config: ModelConfig, ids: torch.Tensor) -> int:
-    """Bytes of activations that autograd saves in one forward pass."""
+    """Bytes of activations that autograd saves in one forward pass, the rows of experts sorted as on a GPU."""
     model = build(config)
+    for _, moe in moe_layers(model):
+        moe.dispatcher = LocalDispatcher()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}  # keeps them, so that no address comes twice
 

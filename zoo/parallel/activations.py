@@ -2,7 +2,8 @@
 
 Counted is what autograd saves in the forward pass of ``zoo.layers`` and ``zoo.moe`` on a GPU with a fused RMSNorm and a
 flash attention kernel; the scores that soft-capped attention writes out are not. Routed rows are those of a balanced
-router. Per token, with b bytes an element (2 in bf16-mixed) and t tensor ranks:
+router, sorted and moved by a dispatcher; the CPU's own way with local experts (``zoo.moe.blocked``) keeps less. Per
+token, with b bytes an element (2 in bf16-mixed) and t tensor ranks:
 
     norms       2 (b D + 4): their inputs, and an fp32 root mean square each; 4 where they stand before and after
     attention   b D + b d (2 H + 2 G) / t + 4 H / t: input; q, k, v and the output; an fp32 log-sum-exp.
