@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from zoo.model import Decoder
 from zoo.moe.clamped import ClampedExperts
-from zoo.moe.dispatch import Assignment
+from zoo.moe.dispatch import assign
 from zoo.moe.experts import Experts
 from zoo.moe.layer import MoE
+from zoo.moe.router import RouterOutput
 
 FEW_ROWS = 8
 """torch's product with 8-bit weights is the faster up to so many rows; beyond, the weights are widened first."""
@@ -90,9 +91,9 @@ class Int8Experts(nn.Module):
         """See ``Experts``: always."""
         return True
 
-    def forward(self, x: Tensor, assignment: Assignment) -> Tensor:
+    def forward(self, x: Tensor, routing: RouterOutput) -> Tensor:
         """x [T, D] → [T, D], each token's sum over its experts of weight · row."""
-        out = torch.zeros_like(x)
+        assignment, out = assign(routing), torch.zeros_like(x)
         start = 0
         for expert, count in enumerate(assignment.counts.tolist()):
             if count:
