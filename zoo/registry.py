@@ -102,11 +102,17 @@ def unknown(name: str | Path) -> ValueError:
 
 
 def published_spec(directory: Path) -> AnySpec:
-    """The model that the published ``config.json`` of ``directory`` describes, named after the directory."""
+    """The model that the published ``config.json`` of ``directory`` describes, named after the directory.
+
+    Where weights are there, without optional parts that they leave out whole.
+    """
+    from zoo.weights.source import tensor_names
+
     where = str(directory / "config.json")
     hf = read_json(directory / "config.json")
     family = family_of(hf, where)
-    return make_spec(directory.resolve().name, family.name, family.from_hf(hf, where))
+    config, names = family.from_hf(hf, where), tensor_names(directory)
+    return make_spec(directory.resolve().name, family.name, family.stored(config, names) if names else config)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -24,12 +24,11 @@ from zoo.weights.verify import verify
 LARGEST = 448.0
 """Of float8_e4m3fn."""
 
-_V3 = {"num_nextn_predict_layers": 0}  # transformers builds none, and writes 1 where it is not told
 
 SIZES: dict[str, tuple[str, dict[str, Any], list[int], torch.dtype]] = {
     # transformers divides matrices into equal blocks: theirs must be whole blocks, or one.
-    "whole": ("deepseek-v3", _V3 | {"hidden_size": 256, "intermediate_size": 384}, [128, 128], torch.float32),
-    "ragged": ("deepseek-v3", _V3 | {"hidden_size": 192, "intermediate_size": 320}, [128, 128], torch.float32),
+    "whole": ("deepseek-v3", {"hidden_size": 256, "intermediate_size": 384}, [128, 128], torch.float32),
+    "ragged": ("deepseek-v3", {"hidden_size": 192, "intermediate_size": 320}, [128, 128], torch.float32),
     "small": ("qwen3-moe", {}, [16, 32], torch.bfloat16),
 }
 """Name → case, its sizes, block, and dtype of the scales (bf16 in the files that Qwen publishes)."""

@@ -178,9 +178,17 @@ class TestPredictionModules:
         refused(source, f"'model.layers.2.{name}.weight' differs from .* but the model has one for both")
 
     def test_module_that_is_announced_and_missing(self, source: Path) -> None:
-        """As transformers saves a model that it loaded."""
+        """As transformers saves a model that it loaded: the config goes on announcing what the weights lack."""
+        with_module = load(source)
+        assert with_module.config.mtp_depth == 1
         rewrite(source, lambda tensors: [tensors.pop(n) for n in list(tensors) if n.startswith("model.layers.2.")])
-        refused(source, r"tensor 'model.layers.2.\S+' is missing \(and \d+ more\); check that the config fits")
+        without = load(source)
+        assert without.config == dataclasses.replace(with_module.config, mtp_depth=0)
+        assert without.state_dict().keys() == {n for n in with_module.state_dict() if not n.startswith("mtp.")}
+
+    def test_module_of_which_a_part_is_missing(self, source: Path) -> None:
+        rewrite(source, lambda tensors: tensors.pop("model.layers.2.eh_proj.weight"))
+        refused(source, "tensor 'model.layers.2.eh_proj.weight' is missing; check that the config fits")
 
     def test_module_that_the_config_does_not_announce(self, source: Path) -> None:
         config = json.loads((source / "config.json").read_text())

@@ -125,7 +125,7 @@ def test_more_graphs_than_there_are_is_an_error_and_no_endless_search() -> None:
     """Of four vertices, paths of two edges are all graphs of two edges that touch: 12 pairs of ends and 2 ways."""
     sizes = {"vertices": 4, "edges": 2, "distances": (2,), "questions": 4}
     assert len(shortest_path.make(ShortestPathConfig(**sizes, graphs=20)).training) == 20
-    with pytest.raises(ValueError, match="graphs = 21 .* hardly more than 24 .* 4 vertices"):
+    with pytest.raises(ValueError, match=r"graphs = 21 .* hardly more than 24 .* 4 vertices"):
         shortest_path.make(ShortestPathConfig(**sizes, graphs=21))
 
 

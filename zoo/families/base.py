@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
@@ -46,6 +46,8 @@ class Architecture(Generic[C]):
     """Ways in which its weights are published besides bf16, fp16 and fp32; they are undone while reading."""
     ignored: Callable[[Mapping[str, Any]], tuple[str, ...]] = field(default=lambda hf: ROTARY_BUFFERS)
     """config.json → regular expressions of tensors that are left out on purpose, and nothing else is."""
+    stored: Callable[[C, Collection[str]], C] = field(default=lambda config, names: config)
+    """(config, names of the tensors that are there) → config without optional parts that were not stored."""
     embedding_copies: tuple[str, ...] = ()
     """Names under which some checkpoints store the input embedding again."""
 

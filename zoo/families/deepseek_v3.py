@@ -6,7 +6,9 @@ Files number the modules on from the last layer, and hold the embedding and the 
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
+from collections.abc import Collection
 from typing import Any
 
 from zoo.config import ModelConfig
@@ -78,6 +80,12 @@ def _map(config: ModelConfig, layout: Layout) -> list[Op]:
     return [Copies((*op.sources, *again[t]), t) if (t := op.targets[0]) in again else op for op in ops]
 
 
+def _stored(config: ModelConfig, names: Collection[str]) -> ModelConfig:
+    """transformers drops the modules when it saves a model, and goes on announcing them."""
+    modules = tuple(f"model.layers.{config.num_layers + k}." for k in range(config.mtp_depth))
+    return config if any(name.startswith(modules) for name in names) else dataclasses.replace(config, mtp_depth=0)
+
+
 FAMILY = Family(
     name="deepseek_v3",
     model_type="deepseek_v3",
@@ -86,4 +94,5 @@ FAMILY = Family(
     write=_write,
     quantizations=("fp8",),
     map_weights=_map,
+    stored=_stored,
 )

@@ -158,6 +158,20 @@ def shard_path(directory: Path, index: Path, name: str) -> Path:
     return path
 
 
+def tensor_names(directory: Path) -> set[str]:
+    """Names of the tensors in ``directory``, by its index if there is one; none where they cannot be read.
+
+    For what must be known before the files are checked, which is not done here.
+    """
+    try:
+        if (directory / INDEX_FILE).is_file():
+            return set(read_json(directory / INDEX_FILE).get("weight_map") or ())
+        with _safe_open(directory / SINGLE_FILE) as handle:
+            return set(handle.keys())
+    except (OSError, ValueError, TypeError):
+        return set()
+
+
 def _safe_open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
