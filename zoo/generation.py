@@ -85,7 +85,7 @@ def stream(
     """Yield ``(prompt number, new token id)`` as tokens are made; arguments and errors as in ``generate``."""
     device = next(model.parameters()).device
     prompts = _rows(input_ids, attention_mask)
-    _check(model, prompts, max_new_tokens)
+    check_request(model, prompts, max_new_tokens)
     choose = _chooser(temperature, top_k, top_p, seed, device)
     end_ids = frozenset([eos_id] if isinstance(eos_id, int) else eos_id or ())
 
@@ -191,7 +191,8 @@ def _rows(input_ids: Prompts, attention_mask: Tensor | None) -> list[list[int]]:
     return [row[mask != 0].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
 
 
-def _check(model: Decoder, prompts: list[list[int]], max_new_tokens: int) -> None:
+def check_request(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raise ``ValueError`` where ``model`` cannot continue ``prompts`` by so many tokens."""
     if not prompts:
         raise ValueError("input_ids holds no prompt: give at least one")
     if max_new_tokens < 1:

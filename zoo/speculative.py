@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from zoo.cache import Cache
-from zoo.generation import _check
+from zoo.generation import check_request
 from zoo.layers.sequence import sequence_layout
 from zoo.model import Decoder, MTPModule
 
@@ -60,7 +60,7 @@ def speculate(
             as ``zoo.generation.generate``.
     """
     check_speculative(model)
-    _check(model, [list(prompt)], max_new_tokens)
+    check_request(model, [list(prompt)], max_new_tokens)
     counts = Acceptance() if acceptance is None else acceptance
     end_ids = frozenset([eos_id] if isinstance(eos_id, int) else eos_id or ())
     device = next(model.parameters()).device

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,6 @@ from zoo.model import Decoder
 from zoo.registry import find_spec
 from zoo.training.module import ZooModule
 from zoo.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer
-
-if TYPE_CHECKING:
-    pass
 
 TOKENS = 2048
 """Of a step."""
