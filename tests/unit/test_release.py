@@ -14,8 +14,8 @@ import zoo
 from zoo.cli.main import main
 from zoo.config import ModelConfig, ModelSpec, from_dict, load_spec, to_dict
 from zoo.harness import facts, release
-from zoo.harness.compare import EVALUATION_BATCH
 from zoo.harness.measure import item_scores, validate
+from zoo.harness.measurement import EVALUATION_BATCH
 from zoo.harness.runner import evaluate
 from zoo.harness.study import load_study
 from zoo.registry import RELEASE_FILE, find_spec

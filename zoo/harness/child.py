@@ -1,4 +1,4 @@
-"""A ``zoo`` command in a process of its own, which does not outlive the process that started it, however that ends.
+"""A command in a process of its own, which does not outlive the process that started it, however that ends.
 
 The starting process holds one end of a pipe and never writes into it. The system closes that end with the process, also
 on ``kill -9``, and then sends SIGIO, which ends whoever does not handle it, to the child and all that it started. No
@@ -8,6 +8,7 @@ code of the child takes part: one that is busy in a library, or importing it, en
 from __future__ import annotations
 
 import fcntl
+import importlib
 import os
 import select
 import subprocess
@@ -35,8 +36,10 @@ class Ended:
     """Largest resident memory, bytes; 0 where the system has no /proc."""
 
 
-def run_command(arguments: Sequence[str], threads: int, stop: Event, name: str | None = None) -> Ended | None:
-    """Run ``zoo`` with ``arguments`` to its end.
+def run_command(
+    arguments: Sequence[str], threads: int, stop: Event, name: str | None = None, module: str = "zoo.cli.main"
+) -> Ended | None:
+    """Run ``main(arguments)`` of ``module``, by default the ``zoo`` command, to its end.
 
     Args:
         threads: of its computations.
@@ -49,7 +52,7 @@ def run_command(arguments: Sequence[str], threads: int, stop: Event, name: str |
     began, peak = time.monotonic(), 0
     pause, longest = _POLL_SECONDS
     process = subprocess.Popen(
-        [sys.executable, "-m", "zoo.harness.child", *arguments],
+        [sys.executable, "-m", "zoo.harness.child", module, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         stdin=subprocess.PIPE,  # the pipe that tells of this process's end
         # Standard output is the study's own, which may be one JSON document.
@@ -100,6 +103,4 @@ def _end_with_parent() -> None:
 
 if __name__ == "__main__":
     _end_with_parent()
-    from zoo.cli.main import main
-
-    sys.exit(main())
+    sys.exit(importlib.import_module(sys.argv[1]).main(sys.argv[2:]))

@@ -20,7 +20,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -33,6 +33,7 @@ from zoo.files import write_text
 from zoo.harness import facts, task_text
 from zoo.harness.child import run_command
 from zoo.harness.entries import Model
+from zoo.harness.measurement import Measurement, Point
 from zoo.harness.snapshots import Snapshots, seconds_file, snapshot_directory
 from zoo.harness.study import Study, resolve_models
 from zoo.harness.suites.dataset import MIRROR, TRAINING_TEXT, VALIDATION_TEXT
@@ -41,9 +42,6 @@ from zoo.harness.time_twins import TimeTwins
 from zoo.tokenizer import Tokenizer
 
 Notify = Callable[[str], None]
-
-EVALUATION_BATCH = 64
-"""Requests in one forward. Fixed, so that batching cannot make models differ."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def run_study(study: Study, out: Path, data_root: Path | None, notify: Notify, j
         out: directory of the study; it is made, or continued.
         data_root: mirror of the evaluation data sets; not needed where the study makes its own data.
         notify: told what begins.
-        jobs: models trained side by side, each with an equal share of the cores.
+        jobs: models trained, and then evaluated, side by side, each with an equal share of the cores.
 
     Raises:
         ValueError: an unknown model or task, a task that cannot be read or has no score for each item, ``out`` holds
@@ -110,12 +108,7 @@ def run_study(study: Study, out: Path, data_root: Path | None, notify: Notify, j
     models = resolve_models(study, vocab_size, TimeTwins(study, out, max(1, cores() // jobs), notify))
     runs = [Run(m, seed, out / "models" / f"{m.name}-seed{seed}") for seed in study.seeds for m in models]
     _train_all(study, [run for run in runs if not run.checkpoint.exists()], data, notify, jobs)
-    points = [(run, step) for run in runs for step in study.training.evaluated_steps]
-    for number, (run, step) in enumerate(points, start=1):
-        position = f"[{number}/{len(points)}] {run.model.name}, seed {run.seed}, step {step:,}"
-        if not run.measured_file(step).exists():
-            notify(f"{position}: evaluating {', '.join(study.tasks.all)}")
-            _measure(study, run, step, data, _mirror(study, out) or data_root)
+    _measure_all(study, runs, data, _mirror(study, out) or data_root, notify, jobs)
     return runs
 
 
@@ -238,13 +231,18 @@ def _train_all(study: Study, runs: Sequence[Run], data: Path, notify: Notify, jo
             notify(f"{run.model.name}, seed {run.seed}: training on {study.training.tokens:,} tokens")
             _train(study, run, data, jobs, stop)
 
+    _side_by_side(train, ordered, jobs, stop)
+
+
+def _side_by_side(do: Callable[[Run], None], runs: Sequence[Run], jobs: int, stop: Event) -> None:
+    """``do`` every run in turn, ``jobs`` of them at a time; ``stop`` is set where one fails."""
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(train, run) for run in ordered]
+        futures = [pool.submit(do, run) for run in runs]
         try:
             for future in as_completed(futures):
                 future.result()
         except BaseException:
-            stop.set()  # the other trainings end now, and go on when the study does
+            stop.set()  # the others end now, and go on when the study does
             raise
 
 
@@ -283,33 +281,58 @@ def cores() -> int:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _measure(study: Study, run: Run, step: int, data: Path, data_root: Path | None) -> None:
-    """Scores of every item, validation perplexity and expert load of a model after optimizer step ``step``."""
-    from zoo.harness.measure import guess_rate, item_scores, task_load, validate
-    from zoo.harness.runner import evaluate
-    from zoo.weights import load
+def _measure_all(
+    study: Study, runs: Sequence[Run], data: Path, data_root: Path | None, notify: Notify, jobs: int
+) -> None:
+    """Measure ``runs`` at every step that the study evaluates, as many side by side as are trained so."""
+    stop = Event()
 
-    last = step == study.training.steps
-    weights = run.checkpoint if last else snapshot_directory(run.fit_directory, step)
-    model, tokenizer = load(weights), Tokenizer.load(run.checkpoint)
-    results = evaluate(
-        model,
-        tokenizer,
-        list(study.tasks.all),
-        data_root=data_root,
-        limit=study.limit,
-        batch_size=EVALUATION_BATCH,
-        output=run.directory / "evaluation" / ("" if last else f"step-{step:08d}"),
-        seed=run.seed,
+    def measure(run: Run) -> None:
+        steps = [step for step in study.training.evaluated_steps if not run.measured_file(step).exists()]
+        if steps and not stop.is_set():
+            at = ", ".join(f"{step:,}" for step in steps)
+            notify(f"{run.model.name}, seed {run.seed}: evaluating {', '.join(study.tasks.all)} at step {at}")
+            _measure(_measurement(study, run, steps, data, data_root), jobs, stop)
+
+    _side_by_side(measure, runs, jobs, stop)
+
+
+def _measurement(study: Study, run: Run, steps: Sequence[int], data: Path, data_root: Path | None) -> Measurement:
+    samples, last = run.directory / "evaluation", study.training.steps
+    points = [
+        Point(
+            weights=str(run.checkpoint if step == last else snapshot_directory(run.fit_directory, step)),
+            samples=str(samples if step == last else samples / f"step-{step:08d}"),
+            file=str(run.measured_file(step)),
+            last=step == last,
+        )
+        for step in steps
+    ]
+    return Measurement(
         name=run.model.name,
+        tokenizer=str(run.checkpoint),
+        points=tuple(points),
+        tasks=tuple(study.tasks.all),
+        data_root=None if data_root is None else str(data_root.absolute()),
+        limit=study.limit,
+        seed=run.seed,
+        data=str(data),
+        sequence_length=study.training.sequence_length,
+        batch_size=study.training.batch_size,
     )
-    measured = {
-        "scores": {task: item_scores(results, task) for task in study.tasks.all},
-        "guess": {task: guess_rate(results, task) for task in study.tasks.all},
-        **validate(model, data, study.training.sequence_length, study.training.batch_size),
-    }
-    if last and model.config.moe is not None:
-        measured["task_load"] = {task: task_load(results, task, model, tokenizer) for task in study.tasks.all}
-    path = run.measured_file(step)
-    path.parent.mkdir(exist_ok=True)
-    write_text(path, json.dumps(measured, indent=1) + "\n")
+
+
+def _measure(measurement: Measurement, jobs: int, stop: Event) -> None:
+    name = f"{measurement.name}, seed {measurement.seed}"
+    ended = run_command(
+        [json.dumps(asdict(measurement))],
+        max(1, cores() // jobs),
+        stop,
+        None if jobs == 1 else name,
+        module="zoo.harness.measure",
+    )
+    if ended is not None and ended.code != 0:
+        raise ValueError(
+            f"{name}: its evaluation ended with exit code {ended.code}; see above, then run the same command again to "
+            "go on"
+        )

@@ -131,7 +131,7 @@ class ZooLM(TemplateLM):
         budget = min(slots, TOKENS_AT_ONCE)
         inputs = (Input(tokens, min(span.start for _, span in spans)) for tokens, spans in rows.items())
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="Scoring continuations") as bar:
+        with tqdm(total=len(requests), disable=disable_tqdm or None, desc="Scoring continuations") as bar:
             for groups in batches(grouped(inputs), budget):
                 for batch, past, hidden in self._hidden(groups, budget, slots):
                     spans = [
@@ -230,7 +230,7 @@ class ZooLM(TemplateLM):
         for number, request in enumerate(requests):
             by_settings[json.dumps(request.args[1], sort_keys=True)].append(number)
         results = [""] * len(requests)
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="Generating") as bar:
+        with tqdm(total=len(requests), disable=disable_tqdm or None, desc="Generating") as bar:
             for numbers in by_settings.values():
                 settings = requests[numbers[0]].args[1]
                 for batch in _batches(numbers, self.batch_size, length=lambda n: len(contexts[n])):

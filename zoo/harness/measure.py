@@ -2,25 +2,67 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from zoo.harness.runner import load_tasks
+from zoo.config import from_dict
+from zoo.files import write_text
+from zoo.harness.measurement import EVALUATION_BATCH, Measurement, Point
+from zoo.harness.runner import evaluate, load_tasks
+from zoo.model import Decoder
 from zoo.moe.stats import expert_counts, expert_load
 from zoo.tokenizer import Tokenizer
 from zoo.training.data import TokenDataModule
 from zoo.training.data.packing import PADDING_DOCUMENT
 from zoo.training.loss import label_count
-
-if TYPE_CHECKING:
-    from zoo.model import Decoder
+from zoo.weights import load
 
 LOAD_ITEMS = 64
 """Items of each task whose requests show which experts fire for it."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure what ``argv[0]``, a ``Measurement`` as JSON, says; a study calls it in a process of its own."""
+    try:
+        measurement = from_dict(Measurement, json.loads(argv[0]), "measurement")
+        for point in measurement.points:
+            measure(measurement, point)
+    except (ValueError, OSError) as error:
+        print(f"zoo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def measure(of: Measurement, point: Point) -> None:
+    """Write scores of every item, validation perplexity and expert load of a checkpoint into ``point.file``."""
+    model, tokenizer = load(point.weights), Tokenizer.load(of.tokenizer)
+    results = evaluate(
+        model,
+        tokenizer,
+        list(of.tasks),
+        data_root=Path(of.data_root) if of.data_root else None,
+        limit=of.limit,
+        batch_size=EVALUATION_BATCH,
+        output=Path(point.samples),
+        seed=of.seed,
+        name=of.name,
+    )
+    measured = {
+        "scores": {task: item_scores(results, task) for task in of.tasks},
+        "guess": {task: guess_rate(results, task) for task in of.tasks},
+        **validate(model, Path(of.data), of.sequence_length, of.batch_size),
+    }
+    if point.last and model.config.moe is not None:
+        measured["task_load"] = {task: task_load(results, task, model, tokenizer) for task in of.tasks}
+    file = Path(point.file)
+    file.parent.mkdir(exist_ok=True)
+    write_text(file, json.dumps(measured, indent=1) + "\n")
 
 
 def check_item_scores(tasks: Sequence[str], data_root: Path | None) -> None:

@@ -27,9 +27,10 @@ from zoo.config import CONFIG_FILE, ModelSpec, load_spec, save_spec, to_dict
 from zoo.files import write_text
 from zoo.generation import generate
 from zoo.harness import facts, plots
-from zoo.harness.compare import EVALUATION_BATCH, Notify
+from zoo.harness.compare import Notify
 from zoo.harness.facts.build import DATASET, ORIGIN
 from zoo.harness.measure import guess_rate, item_scores, validate
+from zoo.harness.measurement import EVALUATION_BATCH
 from zoo.harness.model_card import model_card
 from zoo.harness.significance import chance_p_value, is_accuracy
 from zoo.harness.statistics import Array, align, bootstrap
