@@ -166,10 +166,12 @@ def tensor_names(directory: Path) -> set[str]:
     try:
         if (directory / INDEX_FILE).is_file():
             return set(read_json(directory / INDEX_FILE).get("weight_map") or ())
-        with _safe_open(directory / SINGLE_FILE) as handle:
-            return set(handle.keys())
+        if (directory / SINGLE_FILE).is_file():  # and no pipe, which would be waited for
+            with _safe_open(directory / SINGLE_FILE) as handle:
+                return set(handle.keys())
     except (OSError, ValueError, TypeError):
-        return set()
+        pass
+    return set()
 
 
 def _safe_open(path: Path) -> Any:
