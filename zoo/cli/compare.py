@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
 
     def notify(message: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - began), 60)
-        print(f"{minutes}:{seconds:02d}  {message}", file=sys.stderr, flush=True)
+        # In one piece, as several threads have something to say.
+        print(f"{minutes}:{seconds:02d}  {message}\n", end="", file=sys.stderr, flush=True)
 
     jobs = args.jobs or (1 if torch.cuda.is_available() else cores())
     runs = run_study(study, out, args.data_root, notify, jobs)

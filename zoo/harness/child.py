@@ -78,7 +78,8 @@ def run_command(
 
 def _forward(lines: IO[str], name: str) -> None:
     for line in lines:
-        print(f"{name}: {line.rstrip()}", file=sys.stderr, flush=True)
+        if line.strip():
+            print(f"{name}: {line.rstrip()}\n", end="", file=sys.stderr, flush=True)
 
 
 def _peak_memory(pid: int) -> int:

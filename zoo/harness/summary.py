@@ -265,10 +265,15 @@ def mcnemar(pairs: Mapping[str, tuple[Array, Array]]) -> dict[str, dict[str, Any
 
 
 def read_curve(path: Path) -> dict[str, list[list[float]]]:
-    """``train`` and ``validation``: [step, loss] pairs of the metrics that ``zoo fit`` wrote."""
+    """``train`` and ``validation``: [step, loss] pairs of the metrics that ``zoo fit`` wrote.
+
+    It writes none where it takes fewer steps than there are between two lines.
+    """
     columns = {"train": "train/lm_loss", "validation": "val/loss"}
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows: list[dict[str, str]] = []
+    if path.exists():
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
     return {
         name: [[float(row["step"]), float(row[column])] for row in rows if row.get(column)]
         for name, column in columns.items()
