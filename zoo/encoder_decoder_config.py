@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from zoo.config import ENCODER_DECODER_KEY, ModelConfig, ModelSpec, from_dict, load_yaml, not_a_decoder
+from zoo.config import ENCODER_DECODER_KEY, ModelConfig, ModelSpec, not_a_decoder
+from zoo.config_reading import from_dict, load_yaml
 
 
 @dataclass(frozen=True, kw_only=True)

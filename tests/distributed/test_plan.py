@@ -16,7 +16,8 @@ from pool import TIMEOUT, Pools, WorkerPool
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from zoo.config import MoEConfig, from_dict
+from zoo.config import MoEConfig
+from zoo.config_reading import from_dict
 from zoo.model import Decoder
 from zoo.parallel.apply import check_sizes, parallelize
 from zoo.parallel.expert_parallel import most_destinations

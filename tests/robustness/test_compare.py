@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from json_schema import violations
 
-from zoo.config import load_yaml
+from zoo.config_reading import load_yaml
 from zoo.harness.report import SCHEMA, without_times
 
 STUDY = """

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from zoo.config import ModelSpec, from_dict, load_spec, load_yaml, save_spec, to_dict
+from zoo.config import ModelSpec, load_spec, save_spec
+from zoo.config_reading import from_dict, load_yaml, to_dict
 
 SPEC: dict[str, Any] = {
     "name": "little",

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from zoo.accounting import training_flops
-from zoo.config import from_dict
+from zoo.config_reading import from_dict
 from zoo.harness.compare import Run, fit_config
 from zoo.harness.dry_run import dry_run
 from zoo.harness.study import Study, load_study, resolve_models

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from zoo.accounting import count_parameters
-from zoo.config import from_dict, to_dict
+from zoo.config_reading import from_dict, to_dict
 from zoo.harness.entries import EntryConfig, Model
 from zoo.harness.study import Study, pairs, resolve_models
 

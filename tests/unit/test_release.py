@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 import zoo
 from zoo.cli.main import main
-from zoo.config import ModelConfig, ModelSpec, from_dict, load_spec, to_dict
+from zoo.config import ModelConfig, ModelSpec, load_spec
+from zoo.config_reading import from_dict, to_dict
 from zoo.harness import facts, release
 from zoo.harness.measure import item_scores, validate
 from zoo.harness.measurement import EVALUATION_BATCH

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from zoo.config import ModelConfig, from_dict
+from zoo.config import ModelConfig
+from zoo.config_reading import from_dict
 from zoo.harness.match import measure
 from zoo.harness.match_time import Timing
 from zoo.harness.study import Study, pairs, resolve_models

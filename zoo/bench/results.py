@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from zoo.bench.rows import Options, Row
-from zoo.config import from_dict
+from zoo.config_reading import from_dict
 from zoo.files import write_text
 from zoo.registry import read_json
 from zoo.training.run import environment

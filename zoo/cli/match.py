@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _twin(args: argparse.Namespace) -> int:
     from zoo.cli.text import columns, short
-    from zoo.config import save_spec, to_dict
+    from zoo.config import save_spec
+    from zoo.config_reading import to_dict
     from zoo.harness.match import DESCRIPTIONS, match, measure
     from zoo.registry import find_spec
 
@@ -107,7 +108,8 @@ def _variants(args: argparse.Namespace) -> int:
     from itertools import product
 
     from zoo.cli.text import columns, short
-    from zoo.config import save_spec, to_dict
+    from zoo.config import save_spec
+    from zoo.config_reading import to_dict
     from zoo.harness.match import Sparsity, measure, sparsify
     from zoo.registry import find_spec
 

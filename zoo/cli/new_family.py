@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from zoo.config import to_dict
+    from zoo.config_reading import to_dict
     from zoo.registry import read_json
     from zoo.scaffold.proposal import propose
     from zoo.scaffold.stub import checkout, write_stubs

@@ -28,7 +28,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from zoo.accounting import training_flops
-from zoo.config import load_yaml, save_spec, to_dict
+from zoo.config import save_spec
+from zoo.config_reading import load_yaml, to_dict
 from zoo.files import write_text
 from zoo.harness import facts, task_text
 from zoo.harness.child import run_command

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
-from zoo.config import ModelConfig, ModelSpec, from_dict, to_dict
+from zoo.config import ModelConfig, ModelSpec
+from zoo.config_reading import from_dict, to_dict
 from zoo.harness.match import DESCRIPTIONS, TOLERANCE, Quantity, Sparsity, match, measure, sparsify
 from zoo.registry import find_spec
 

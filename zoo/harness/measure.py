@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from zoo.config import from_dict
+from zoo.config_reading import from_dict
 from zoo.files import write_text
 from zoo.harness.measurement import EVALUATION_BATCH, Measurement, Point
 from zoo.harness.runner import evaluate, load_tasks

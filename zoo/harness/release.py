@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from zoo.accounting import count_parameters
-from zoo.config import CONFIG_FILE, ModelSpec, load_spec, save_spec, to_dict
+from zoo.config import CONFIG_FILE, ModelSpec, load_spec, save_spec
+from zoo.config_reading import to_dict
 from zoo.files import write_text
 from zoo.generation import generate
 from zoo.harness import facts, plots

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from zoo.config import from_dict, load_yaml
+from zoo.config_reading import from_dict, load_yaml
 from zoo.harness.entries import By, EntryConfig, Model, Series, TimeTwin, expand, resolve
 from zoo.harness.facts import FactsConfig
 from zoo.harness.match import DESCRIPTIONS, TOLERANCE, measure

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from zoo.accounting import count_parameters, training_flops
-from zoo.config import to_dict
+from zoo.config_reading import to_dict
 from zoo.harness.compare import Run
 from zoo.harness.entries import Model
 from zoo.harness.facts import guess_rates

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from zoo.config import ModelSpec, from_dict, to_dict
+from zoo.config import ModelSpec
+from zoo.config_reading import from_dict, to_dict
 from zoo.files import write_text
 from zoo.harness.match_time import Timer, match_time
 from zoo.harness.study import Study

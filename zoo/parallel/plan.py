@@ -15,7 +15,7 @@ from typing import Literal
 
 from torch import nn
 
-from zoo.config import from_dict, load_yaml
+from zoo.config_reading import from_dict, load_yaml
 from zoo.moe.experts import Experts
 from zoo.parallel.mesh import MeshSizes
 from zoo.registry import configs_dir

@@ -19,7 +19,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from zoo.config import ModelConfig, ModelSpec, from_dict, to_dict
+from zoo.config import ModelConfig, ModelSpec
+from zoo.config_reading import from_dict, to_dict
 from zoo.families import expressible
 from zoo.model import Decoder, DecoderOutput, build
 from zoo.moe.router import Router, update_selection_bias

@@ -20,7 +20,8 @@ from typing import IO, Any
 from omegaconf import OmegaConf
 
 import zoo
-from zoo.config import CONFIG_FILE, load_yaml
+from zoo.config import CONFIG_FILE
+from zoo.config_reading import load_yaml
 from zoo.files import write_text
 from zoo.training.checkpoint import list_checkpoints
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from zoo.config import from_dict
+from zoo.config_reading import from_dict
 from zoo.harness.facts import build as facts
 from zoo.harness.suites import dataset, phone_book, shortest_path
 from zoo.harness.suites.dataset import MIRROR, GeneratedData, Origin

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from zoo.config import from_dict
+from zoo.config_reading import from_dict
 from zoo.tokenizer import Tokenizer
 
 MANIFEST_FILE = "manifest.json"
