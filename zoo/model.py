@@ -33,7 +33,7 @@ from zoo.layers.norm import LayerNorm, RMSNorm, UnitOffsetRMSNorm
 from zoo.layers.rope import NoRotary, Rotary
 from zoo.layers.scaling import Scale, ScaledEmbedding, SoftCap
 from zoo.layers.sequence import SequenceLayout, sequence_layout
-from zoo.moe.layer import moe_layer
+from zoo.moe.layer import MoE, moe_layer
 from zoo.moe.router import RouterOutput
 
 
@@ -70,8 +70,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, RouterOutput | None]:
         """x [B, S, D] → ([B, S, D], the routing where the FFN is MoE)."""
         x = x + self.mixer_post_norm(self.mixer(self.mixer_norm(x), layout, rotary, cache))
-        out = self.ffn(self.ffn_norm(x))
-        out, routing = out if isinstance(out, tuple) else (out, None)
+        h = self.ffn_norm(x)
+        out, routing = self.ffn(h, layout) if isinstance(self.ffn, MoE) else (self.ffn(h), None)
         return x + self.ffn_post_norm(out), routing
 
 

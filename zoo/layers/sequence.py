@@ -40,8 +40,15 @@ class SequenceLayout:
     """Key slots already in the cache."""
     segments: Tensor | None
     """[B, L] int64: a token attends within its segment only; padding is segment -1. None: one segment a row."""
+    input_ids: Tensor
+    """[B, S] int64, the new tokens."""
     window: int | None = None
     """Sliding window in tokens, or None."""
+
+    @cached_property
+    def valid(self) -> Tensor | None:
+        """[B, S] bool, False where a new token is padding; None: nowhere."""
+        return None if self.segments is None else self.segments[:, self.past :] != -1
 
     @property
     def keys(self) -> int:
@@ -172,16 +179,16 @@ def sequence_layout(
     (rows, new), device = input_ids.shape, input_ids.device
     if document_ids is not None:
         segments = document_ids if attention_mask is None else document_ids.masked_fill(attention_mask == 0, -1)
-        return SequenceLayout(rows, positions_in_runs(segments), past, segments)
+        return SequenceLayout(rows, positions_in_runs(segments), past, segments, input_ids)
     if attention_mask is None and past_valid is None:
         positions = torch.arange(past, past + new, device=device)[None]
-        return SequenceLayout(rows, positions, past, None)
+        return SequenceLayout(rows, positions, past, None, input_ids)
     valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
     if past:
         earlier = valid.new_ones(len(valid), past) if past_valid is None else past_valid
         valid = torch.cat((earlier, valid), dim=1)
     positions = (valid.cumsum(1) - 1).clamp(min=0)[:, past:]
-    return SequenceLayout(rows, positions, past, valid.long() - 1)
+    return SequenceLayout(rows, positions, past, valid.long() - 1, input_ids)
 
 
 def positions_in_runs(segments: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Where an expert lives is known to the ``Dispatcher`` alone: another place is another one of these.
 
-Shapes: T tokens, D model, E experts, K top-k, N = T·K routed rows.
+Shapes: T tokens, D model, E experts, K top-k, N routed rows: T·K, less those that no expert takes.
 """
 
 from __future__ import annotations
@@ -50,10 +50,35 @@ class Assignment:
 
 def assign(routing: RouterOutput) -> Assignment:
     """The rows of all T tokens, in the order of ``LocalDispatcher``."""
-    experts, order = routing.experts.flatten().sort(stable=True)
-    weight = routing.weights.flatten().index_select(0, order)
+    experts, order = routing.destinations.flatten().sort(stable=True)
     counts = run_lengths(experts, routing.scores.shape[-1])
+    if routing.kept is not None:
+        # What no expert takes has the highest number: it is sorted to the end, and cut off.
+        order = order[: int(counts.sum())]
+    weight = routing.weights.flatten().index_select(0, order)
     return Assignment(order // routing.experts.shape[-1], weight, counts)
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    assignment: Assignment
+    tokens: int
+    """T"""
+
+
+class KeptDispatcher:
+    """All experts at hand, and rows of the kept assignments only; a token without any comes back as zeros."""
+
+    def dispatch(self, x: Tensor, routing: RouterOutput) -> tuple[Tensor, Tensor, _Kept]:
+        """See ``Dispatcher``."""
+        assignment = assign(routing)
+        return x.index_select(0, assignment.token), assignment.counts, _Kept(assignment, len(x))
+
+    def combine(self, rows: Tensor, state: _Kept) -> Tensor:
+        """See ``Dispatcher``. Sums are taken in the weights' fp32, also under autocast, and cast once."""
+        weight = state.assignment.weight.unsqueeze(1)
+        out = weight.new_zeros(state.tokens, rows.shape[1])
+        return out.index_add(0, state.assignment.token, rows.to(weight.dtype) * weight).to(rows.dtype)
 
 
 class LocalDispatcher:
@@ -81,12 +106,12 @@ def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
 
 
 def run_lengths(experts: Tensor, num_experts: int) -> Tensor:
-    """experts [N] int64 in ascending order → [num_experts] int64, how often each of them is there.
+    """experts [N] int64 in ascending order → [num_experts] int64, how often each is there; higher ones do not count.
 
     ``torch.bincount``, in one call on the CPU; on a GPU it would wait to be told the largest.
     """
     if experts.device.type == "cpu":
-        return torch.bincount(experts, minlength=num_experts)
+        return torch.bincount(experts, minlength=num_experts)[:num_experts]
     numbers = torch.arange(num_experts, device=experts.device)
     return torch.searchsorted(experts, numbers, right=True).diff(prepend=experts.new_zeros(1))
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from zoo.config import ModelConfig
 from zoo.layers.ffn import GATED
+from zoo.layers.sequence import SequenceLayout
 from zoo.moe.clamped import ClampedExperts
-from zoo.moe.dispatch import Dispatcher, LocalDispatcher
+from zoo.moe.dispatch import Dispatcher, KeptDispatcher, LocalDispatcher
 from zoo.moe.experts import Experts, GEGLUExperts
 from zoo.moe.router import BiasedRouter, Router, RouterOutput
 
@@ -36,10 +37,10 @@ class MoE(nn.Module):
         self.dispatcher: Dispatcher | None = None
         """By default all experts are at hand, and compute tokens in whichever way is the fastest."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, RouterOutput]:
-        """x [B, S, D] → ([B, S, D], the routing of the T tokens)."""
+    def forward(self, x: Tensor, layout: SequenceLayout | None = None) -> tuple[Tensor, RouterOutput]:
+        """x [B, S, D], by default all of one sequence → ([B, S, D], the routing of the T tokens)."""
         tokens = x.flatten(0, 1)
-        tokens, routing = self.route(tokens)
+        tokens, routing = self.route(tokens, layout)
         out = self.mix(tokens, routing).view_as(x)
         if self.shared_experts is not None:
             shared = self.shared_experts(x)
@@ -53,21 +54,21 @@ class MoE(nn.Module):
         if self.dispatcher is None and self.experts.mixes(tokens):
             mixed: Tensor = self.experts(tokens, routing)
             return mixed
-        dispatcher = self.dispatcher or LocalDispatcher()
+        dispatcher = self.dispatcher or (LocalDispatcher() if routing.kept is None else KeptDispatcher())
         rows, counts, state = dispatcher.dispatch(tokens, routing)
         return dispatcher.combine(self.experts(rows, counts), state)
 
-    def route(self, tokens: Tensor) -> tuple[Tensor, RouterOutput]:
+    def route(self, tokens: Tensor, layout: SequenceLayout | None = None) -> tuple[Tensor, RouterOutput]:
         """tokens [T, D] → (what the experts take of each [T, D], the routing)."""
-        return tokens, self.router(tokens)
+        return tokens, self.router(tokens, layout)
 
 
 class ScaledInputMoE(MoE):
     """y = expert(s · x) + shared(x) with the score s of the one chosen expert (Llama 4, published code)."""
 
-    def route(self, tokens: Tensor) -> tuple[Tensor, RouterOutput]:
+    def route(self, tokens: Tensor, layout: SequenceLayout | None = None) -> tuple[Tensor, RouterOutput]:
         """See ``MoE``; outputs are not weighted."""
-        routing = self.router(tokens)
+        routing = self.router(tokens, layout)
         scaled = (tokens * routing.weights).to(tokens.dtype)
         return scaled, replace(routing, weights=torch.ones_like(routing.weights))
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.config import MoEConfig
+from zoo.layers.sequence import SequenceLayout
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,17 @@ class RouterOutput:
     """[T, K], what each chosen expert's output is multiplied with."""
     experts: Tensor
     """[T, K] int64, the chosen experts, distinct in a row."""
+    chosen: Tensor | None = None
+    """[T, K] bool, which of ``experts`` the router chose, whether or not they had room: what balance losses and counts
+    are taken from. None: all."""
+    kept: Tensor | None = None
+    """[T, K] bool, which of them take the token. Weights are 0 elsewhere, so that who computes all of them is right as
+    well. None: all. Given wherever ``chosen`` is."""
+
+    @property
+    def destinations(self) -> Tensor:
+        """[T, K] int64, ``experts`` with E in place of those that do not take the token."""
+        return self.experts if self.kept is None else self.experts.where(self.kept, self.scores.shape[-1])
 
 
 class Router(nn.Module):
@@ -49,22 +61,34 @@ class Router(nn.Module):
             "bias", torch.zeros(config.num_experts, dtype=torch.float32) if config.router_bias else None
         )
 
-    def forward(self, x: Tensor) -> RouterOutput:
-        """x [T, D] → RouterOutput."""
+    def forward(self, x: Tensor, layout: SequenceLayout | None = None) -> RouterOutput:
+        """x [T, D], the T tokens of ``layout``, or of one sequence → RouterOutput."""
         c = self.config
         with torch.autocast(x.device.type, enabled=False):
             exact = torch.promote_types(x.dtype, torch.float32)
             logits = self.logits(x.to(exact))
             scores = logits.softmax(dim=-1) if c.score_func == "softmax" else logits.sigmoid()
-            choice = scores.detach() if self.bias is None else scores.detach() + self.bias
-            if c.num_groups > 1:
-                choice = limit_groups(choice, c.num_groups, c.top_k_groups, c.group_score)
-            experts = choice.topk(c.top_k, dim=-1).indices
-            weights = scores.gather(-1, experts)
-            if c.norm_topk_prob:
-                # Sigmoid scores may all underflow; softmax ones are untouched by 1e-20 in fp32.
-                weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-            return RouterOutput(logits, scores, weights * c.routed_scaling_factor, experts)
+            return self.select(logits, scores, layout)
+
+    def select(self, logits: Tensor, scores: Tensor, layout: SequenceLayout | None) -> RouterOutput:
+        """Logits and scores [T, E] → which experts, and their weights."""
+        return self.weighted(logits, scores, self.best(scores, self.config.top_k))
+
+    def best(self, scores: Tensor, top_k: int) -> Tensor:
+        """scores [T, E] → [T, top_k], the best experts of each token."""
+        c = self.config
+        choice = scores.detach() if self.bias is None else scores.detach() + self.bias
+        if c.num_groups > 1:
+            choice = limit_groups(choice, c.num_groups, c.top_k_groups, c.group_score)
+        return choice.topk(top_k, dim=-1).indices
+
+    def weighted(self, logits: Tensor, scores: Tensor, experts: Tensor) -> RouterOutput:
+        """Logits and scores [T, E] and the chosen experts [T, K] → these with their weights."""
+        weights = scores.gather(-1, experts)
+        if self.config.norm_topk_prob:
+            # Sigmoid scores may all underflow; softmax ones are untouched by 1e-20 in fp32.
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return RouterOutput(logits, scores, weights * self.config.routed_scaling_factor, experts)
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, D] in the dtype of the result → [T, E]."""

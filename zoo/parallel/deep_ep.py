@@ -151,7 +151,9 @@ class DeepEPDispatcher(ExchangeDispatcher):
 
     def start(self, x: Tensor, routing: RouterOutput) -> _Flight:
         """See ``ExchangeDispatcher``."""
-        crossing = _Crossing(self.buffer, self.share(routing.experts).contiguous(), routing.scores.shape[-1])
+        # The kernels take -1 for no expert.
+        experts = routing.experts if routing.kept is None else routing.experts.where(routing.kept, -1)
+        crossing = _Crossing(self.buffer, self.share(experts).contiguous(), routing.scores.shape[-1])
         return _Flight(_Start.apply(self.share(x), self.share(routing.weights), crossing), crossing, len(x))
 
     def finish(self, flight: _Flight) -> tuple[Tensor, Tensor, tuple[_Flight, Sorted]]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from zoo.config import MoEConfig
+from zoo.layers.sequence import SequenceLayout
 from zoo.moe.experts import Experts
 from zoo.moe.layer import MoE
 from zoo.moe.router import RouterOutput
@@ -136,7 +137,7 @@ class AllToAllDispatcher(ExchangeDispatcher):
 
     def start(self, x: Tensor, routing: RouterOutput) -> Flight:
         """See ``ExchangeDispatcher``."""
-        experts, num_experts = self.share(routing.experts), routing.scores.shape[-1]
+        experts, num_experts = self.share(routing.destinations), routing.scores.shape[-1]
         hops: list[Hop] = []
         for group in self.groups:
             hops.append(Hop(experts, num_experts, group, self.traffic))
@@ -172,12 +173,12 @@ def forward_local_experts(experts: Experts, rows: Tensor, counts: Tensor) -> Ten
     return experts.compute(rows, counts, *weights)
 
 
-def forward_overlapped(moe: MoE, x: Tensor) -> tuple[Tensor, RouterOutput]:
+def forward_overlapped(moe: MoE, x: Tensor, layout: SequenceLayout | None = None) -> tuple[Tensor, RouterOutput]:
     """``MoE.forward`` with the shared experts computed while the tokens travel. x [B, S, D]."""
     dispatcher, shared_experts = moe.dispatcher, moe.shared_experts
     assert isinstance(dispatcher, ExchangeDispatcher) and shared_experts is not None
     tokens = x.flatten(0, 1)
-    tokens, routing = moe.route(tokens)
+    tokens, routing = moe.route(tokens, layout)
     flight = dispatcher.start(tokens, routing)
     shared = shared_experts(x)
     if moe.shared_expert_gate is not None:
