@@ -16,6 +16,7 @@ from zoo.cli.main import main
 from zoo.config import load_spec
 from zoo.training.fit import FitCLI, fit
 from zoo.training.logs import build_loggers
+from zoo.training.ramp import Ramp
 from zoo.weights import load
 
 
@@ -121,9 +122,19 @@ def test_overrides_of_the_command_line_join_those_of_the_config(fit_config: Path
     assert (config.moe.top_k, config.moe.num_groups, config.moe.num_experts) == (2, 2, 8)
 
 
+def test_a_weight_may_be_a_ramp(fit_config: Path) -> None:
+    cli = FitCLI(["--config", str(fit_config), "--model.z_loss_coef", "{start: 0.01, end: 0, to_step: 20}"])
+    assert cli.model.objective.z_loss_coef == Ramp(start=0.01, end=0.0, to_step=20)
+    assert cli.model.objective.load_balance_coef == 0.01
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["--model.z_loss_coef", "{start: 1, end: 0, from_step: 9, to_step: 3}"],
+            "to_step = 3: give a step not before",
+        ),
         (["--model.lr", "3"], "unknown key 'model.lr'; did you mean 'model.optimizer.lr'?"),
         (["--trainer.max_step", "3"], "unknown key 'trainer.max_step'; did you mean 'trainer.max_steps'?"),
         (["--modle", "3"], "unknown key 'modle'; did you mean 'model'?"),

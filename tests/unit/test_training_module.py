@@ -15,11 +15,18 @@ from torch.utils.data import DataLoader
 from torchmetrics.text import Perplexity
 
 from zoo.model import build
-from zoo.moe.balance import load_balance_loss, z_loss
+from zoo.moe.balance import (
+    communication_balance_loss,
+    device_balance_loss,
+    load_balance_loss,
+    sent_tokens,
+    z_loss,
+)
 from zoo.moe.router import Router, update_selection_bias
 from zoo.moe.stats import expert_counts
 from zoo.training.module import ZooModule
 from zoo.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer
+from zoo.training.ramp import Ramp
 
 B, S, V = 2, 12, 50
 SMALL = {
@@ -66,40 +73,64 @@ class Gradients(Callback):
         self.values = {name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None}
 
 
-def one_step(module: ZooModule, micro_batches: list[dict[str, Tensor]], tmp_path: Path) -> dict[str, Tensor]:
-    """Take one optimizer step over ``micro_batches`` and return its gradients."""
-    gradients = Gradients()
-    trainer = Trainer(
-        max_steps=1,
-        accumulate_grad_batches=len(micro_batches),
+def trainer_of(tmp_path: Path, *callbacks: Callback, **arguments: Any) -> Trainer:
+    return Trainer(
         accelerator="cpu",
         logger=False,
-        callbacks=[gradients],
+        callbacks=list(callbacks),
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=tmp_path,
+        **arguments,
     )
+
+
+def one_step(module: ZooModule, micro_batches: list[dict[str, Tensor]], tmp_path: Path) -> dict[str, Tensor]:
+    """Take one optimizer step over ``micro_batches`` and return its gradients."""
+    gradients = Gradients()
+    trainer = trainer_of(tmp_path, gradients, max_steps=1, accumulate_grad_batches=len(micro_batches))
     trainer.fit(module, DataLoader(micro_batches, batch_size=None))
     return gradients.values
 
 
+def fit_steps(module: ZooModule, steps: int, tmp_path: Path, *callbacks: Callback, **arguments: Any) -> None:
+    """Take so many optimizer steps."""
+    data = batches(steps * arguments.get("accumulate_grad_batches", 1))
+    trainer_of(tmp_path, *callbacks, max_steps=steps, **arguments).fit(module, DataLoader(data, batch_size=None))
+
+
+COEFFICIENTS = {"load_balance_coef": 0.3, "z_loss_coef": 0.2}
+OF_DEVICES = {"device_balance_coef": 0.4, "communication_balance_coef": 0.1, "balance_devices": 2}
+
+
 @pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("scope", ["micro_batch", "sequence"])
-def test_a_step_descends_the_mean_over_labels_plus_each_balance_loss_once(
+@pytest.mark.parametrize("scope", ["micro_batch", "sequence", "global_batch"])
+def test_row_04_a_step_descends_the_mean_over_labels_plus_each_balance_loss_once(
     count: int, scope: Any, tmp_path: Path
 ) -> None:
-    module = ZooModule("mixtral-tiny", SMALL, load_balance_coef=0.3, balance_scope=scope, z_loss_coef=0.2, seed=3)
+    module = ZooModule("mixtral-tiny", SMALL, balance_scope=scope, seed=3, **COEFFICIENTS, **OF_DEVICES)
     gradients = one_step(module, batches(count), tmp_path)
 
     model = build(module.spec.model, seed=3).double()
     total, labels = torch.zeros((), dtype=torch.float64), 0
+    seen = {"counts": torch.zeros(2, 4), "sent": torch.zeros(2, 2), "tokens": 0}
     for batch in batches(count):
         out = model(batch["input_ids"], document_ids=batch["document_ids"])
-        mask = batch["document_ids"] >= 0
+        mask, routing = batch["document_ids"] >= 0, out.router_outputs
         kept = batch["labels"] != -100
         nll = -out.logits.log_softmax(-1)[kept].gather(-1, batch["labels"][kept].unsqueeze(-1)).sum()
-        balance = 0.3 * load_balance_loss(out.router_outputs, mask, scope) + 0.2 * z_loss(out.router_outputs, mask)
+        counts = sent = None
+        if scope == "global_batch":
+            # Of this micro-batch and those before it.
+            seen["counts"] = seen["counts"] + torch.stack([expert_counts(r, mask) for r in routing])
+            seen["sent"] = seen["sent"] + torch.stack([sent_tokens(r, 2, mask) for r in routing])
+            seen["tokens"] += mask.sum()
+            counts, sent = list(seen["counts"]), list(seen["sent"] / seen["tokens"])
+        of_tokens = "sequence" if scope == "sequence" else "micro_batch"
+        balance = 0.3 * load_balance_loss(routing, mask, of_tokens, counts=counts) + 0.2 * z_loss(routing, mask)
+        balance = balance + 0.4 * device_balance_loss(routing, 2, mask, of_tokens, counts=counts)
+        balance = balance + 0.1 * communication_balance_loss(routing, 2, 2, mask, of_tokens, sent=sent)
         n = int(kept.sum())
         total, labels = total + nll + n * balance, labels + n
     loss = total / labels
@@ -121,7 +152,52 @@ def test_a_split_step_has_the_gradients_of_the_whole_one(tmp_path: Path) -> None
         torch.testing.assert_close(split[name], gradient, rtol=1e-3, atol=1e-6)
 
 
-def test_the_selection_bias_moves_once_a_step_by_the_load_of_all_micro_batches(tmp_path: Path) -> None:
+def test_row_03_balance_gradients_are_those_of_any_split_where_the_definition_says_so(tmp_path: Path) -> None:
+    """Of the z-loss and of losses per sequence, where the parts have equally many labels."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(0, V, (4, S + 1), generator=generator)
+    whole = {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "document_ids": torch.zeros(4, S, dtype=torch.long)}
+    found = []
+    for split in (1, 2, 4):
+        module = ZooModule("mixtral-tiny", SMALL, balance_scope="sequence", **COEFFICIENTS, **OF_DEVICES)
+        parts = [
+            dict(zip(whole, part, strict=True)) for part in zip(*(v.chunk(split) for v in whole.values()), strict=True)
+        ]
+        found.append(one_step(module, parts, tmp_path))
+    assert len(found[0]) == len(found[1])
+    for name, gradient in found[0].items():
+        for other in found[1:]:
+            torch.testing.assert_close(other[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_a_ramp_weighs_a_loss_by_the_step(tmp_path: Path) -> None:
+    ramp = Ramp(start=0.0, end=0.4, from_step=1, to_step=3)
+    module = ZooModule("mixtral-tiny", SMALL, z_loss_coef=ramp, mtp_coef=0.0)
+    seen = []
+
+    class Weights(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *rest: Any) -> None:
+            metrics = pl_module.step_metrics
+            extra = metrics["train/loss"] - metrics["train/lm_loss"]
+            seen.append((extra / metrics["train/z_loss"]).item())
+
+    fit_steps(module, 5, tmp_path, Weights())
+    assert seen == pytest.approx([0.0, 0.0, 0.2, 0.4, 0.4], abs=1e-5)
+
+
+def test_a_ramp_by_hand_and_its_mistakes() -> None:
+    line = Ramp(start=1.0, end=0.0, from_step=10, to_step=20)
+    assert [line.at(step) for step in (0, 10, 15, 20, 99)] == [1.0, 1.0, 0.5, 0.0, 0.0]
+    curve = Ramp(start=1.0, end=3.0, from_step=0, to_step=4, shape="cosine")
+    assert [curve.at(step) for step in range(5)] == pytest.approx([1, 2 - math.sqrt(0.5), 2, 2 + math.sqrt(0.5), 3])
+    jump = Ramp(start=0.3, end=0.1, from_step=5, to_step=5)
+    assert [jump.at(step) for step in (4, 5)] == [0.3, 0.1]
+    for field, values in {"end": (1, -1, 0, 1), "to_step": (1, 0, 5, 4), "throughout": (0, 0, 0, 1)}.items():
+        with pytest.raises(ValueError, match=field):
+            Ramp(**dict(zip(("start", "end", "from_step", "to_step"), values, strict=True)))
+
+
+def test_row_07_the_selection_bias_moves_once_a_step_by_the_load_of_all_micro_batches(tmp_path: Path) -> None:
     module = ZooModule("deepseek-v3-tiny", BIASED, bias_update_rate=0.5, seed=1)
     one_step(module, batches(3), tmp_path)
 
@@ -156,19 +232,7 @@ class Poison(Callback):
 
 
 def train_poisoned(module: ZooModule, kind: str, poisoned: tuple[int, ...], tmp_path: Path, steps: int = 6) -> None:
-    trainer = Trainer(
-        max_steps=steps,
-        accumulate_grad_batches=2,
-        accelerator="cpu",
-        logger=False,
-        callbacks=[Poison(kind, poisoned)],
-        gradient_clip_val=0.1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
-    trainer.fit(module, DataLoader(batches(2 * steps), batch_size=None))
+    fit_steps(module, steps, tmp_path, Poison(kind, poisoned), accumulate_grad_batches=2, gradient_clip_val=0.1)
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
@@ -234,6 +298,13 @@ def test_validation_leaves_the_model_alone_and_weighs_every_label_the_same(tmp_p
         ({"name": "mixtral-tiny", "overrides": {"moe": {"top_k": 9}}}, r"moe.top_k = 9: .* num_experts = 8"),
         ({"name": "mixtral-tiny", "overrides": {"moe": {"topk": 2}}}, "unknown key 'topk'; did you mean 'top_k'"),
         ({"name": "mixtral-tiny", "load_balance_coef": -1.0}, "model.load_balance_coef = -1.0"),
+        ({"name": "mixtral-tiny", "bias_update_rate": -1.0}, "model.bias_update_rate = -1.0"),
+        (
+            {"name": "mixtral-tiny", "device_balance_coef": 0.1},
+            "model.balance_devices = 1: give a divisor, .* 8 experts",
+        ),
+        ({"name": "mixtral-tiny", **OF_DEVICES, "balance_devices": 3}, "model.balance_devices = 3"),
+        ({"name": "llama-tiny", **OF_DEVICES}, "model.device_balance_coef = 0.4: llama-tiny has no experts"),
         ({"name": "mixtral-tiny", "max_skipped_steps": -1}, "model.max_skipped_steps = -1"),
         ({"name": "llama-tiny", "z_loss_coef": 0.1}, "model.z_loss_coef = 0.1: llama-tiny has no experts"),
         ({"name": "mixtral-tiny", "bias_update_rate": 0.1}, "mixtral-tiny has no selection bias"),

@@ -12,9 +12,11 @@ what is trained:
   --model.name NAME                  a name of `zoo list`, a model YAML, or a checkpoint directory to train on from
   --model.overrides.FIELD VALUE      change a field of the model, such as --model.overrides.num_layers 4
   --model.load_balance_coef X        weight of the load-balance loss, taken per --model.balance_scope
-  --model.balance_scope SCOPE        micro_batch or sequence
+  --model.balance_scope SCOPE        micro_batch, sequence, or global_batch
+  --model.device_balance_coef X      weight of the device-level balance loss, and --model.communication_balance_coef X
   --model.z_loss_coef X              weight of the router z-loss
   --model.bias_update_rate X         step of the selection bias of loss-free balancing
+                                     a weight is a number, or a ramp: '{start: 0.01, end: 0, to_step: 1000}'
   --seed_everything N                seed of the weights
 
 on what, how long:

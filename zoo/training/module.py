@@ -27,8 +27,9 @@ from zoo.moe.router import Router, update_selection_bias
 from zoo.parallel import grads
 from zoo.parallel.strategy import MoEParallelStrategy
 from zoo.registry import find_spec, own_checkpoint
-from zoo.training.loss import Scope, StepSums, label_count, micro_batch_sums
+from zoo.training.loss import Objective, Scope, StepSums, label_count, micro_batch_sums
 from zoo.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer
+from zoo.training.ramp import Weight, check_weight, weight_at
 
 ADAMW = OptimizerConfig()
 COSINE = ScheduleConfig()
@@ -48,16 +49,24 @@ class ZooModule(LightningModule):
 
     The loss of an optimizer step is the mean negative log-likelihood over all labels of its micro-batches (not the
     mean of their means, which would weigh labels unequally), plus each balance loss times its coefficient. A balance
-    loss is taken per micro-batch (or per sequence in it) and averaged over the micro-batches of the step with the same
-    weights. Splitting a step into micro-batches therefore leaves the gradient of the likelihood as it is, and that of
-    the z-loss and of the sequence scope where the parts have equal numbers of labels; the micro-batch scope has, by
-    its definition, another one.
+    loss is taken per micro-batch and averaged over the micro-batches of the step with the same weights. Splitting a
+    step into micro-batches therefore leaves the gradient of the likelihood as it is, and that of the z-loss and of the
+    sequence scope where the parts have equal numbers of labels; the other scopes have, by their definition, another
+    one (docs/training.md).
+
+    A weight is a number or a ``Ramp`` over optimizer steps.
 
     Args:
         name: Name in ``configs/models``, path of a model YAML, or a checkpoint directory to train on from.
         overrides: Fields of the model that replace those of ``name``, nested as in its YAML; not with a checkpoint.
         load_balance_coef: Weight of the load-balance loss (Switch, arXiv 2101.03961: 0.01).
-        balance_scope: Whether its load fractions are taken over a micro-batch or over each sequence.
+        device_balance_coef: Weight of the device-level balance loss (DeepSeek-V2, arXiv 2405.04434: 0.05).
+        communication_balance_coef: Weight of the communication balance loss (DeepSeek-V2: 0.02).
+        balance_devices: Devices that these two balance, each with as many neighbouring experts; 0 are the
+            ``num_groups`` of the model.
+        balance_scope: What the load fractions of the balance losses are taken over: a micro-batch, each sequence
+            (DeepSeek-V3's sequence-wise loss), or the micro-batches of the step so far on all data ranks
+            (``global_batch``, arXiv 2501.11873).
         z_loss_coef: Weight of the router z-loss (ST-MoE, arXiv 2202.08906: 0.001).
         bias_update_rate: Step of the selection bias of loss-free balancing (arXiv 2408.15664: 0.001); 0 leaves it.
         mtp_coef: Weight of the multi-token prediction loss (DeepSeek-V3, arXiv 2412.19437: 0.3, later 0.1); 0 leaves
@@ -77,11 +86,14 @@ class ZooModule(LightningModule):
         self,
         name: str,
         overrides: dict[str, Any] | None = None,
-        load_balance_coef: float = 0.0,
+        load_balance_coef: Weight = 0.0,
+        device_balance_coef: Weight = 0.0,
+        communication_balance_coef: Weight = 0.0,
+        balance_devices: int = 0,
         balance_scope: Scope = "micro_batch",
-        z_loss_coef: float = 0.0,
-        bias_update_rate: float = 0.0,
-        mtp_coef: float = 0.0,
+        z_loss_coef: Weight = 0.0,
+        bias_update_rate: Weight = 0.0,
+        mtp_coef: Weight = 0.0,
         optimizer: OptimizerConfig = ADAMW,
         schedule: ScheduleConfig = COSINE,
         seed: int = 0,
@@ -90,9 +102,6 @@ class ZooModule(LightningModule):
         super().__init__()
         self.checkpoint = Path(name) if Path(name).is_dir() else own_checkpoint(name)
         self.spec = _resolve(name, overrides or {}, self.checkpoint)
-        self.load_balance_coef = load_balance_coef
-        self.balance_scope = balance_scope
-        self.z_loss_coef = z_loss_coef
         self.bias_update_rate = bias_update_rate
         self.mtp_coef = mtp_coef
         self.optimizer_config = optimizer
@@ -102,7 +111,16 @@ class ZooModule(LightningModule):
         self.skipped = SkippedSteps()
         if max_skipped_steps < 0:
             raise ValueError(f"model.max_skipped_steps = {max_skipped_steps}: give 0 or more")
-        self._check_losses(self.spec.model)
+        self._check_bias(self.spec.model)
+        self.objective = Objective(
+            load_balance_coef=load_balance_coef,
+            device_balance_coef=device_balance_coef,
+            communication_balance_coef=communication_balance_coef,
+            z_loss_coef=z_loss_coef,
+            mtp_coef=mtp_coef,
+            balance_scope=balance_scope,
+            balance_devices=balance_devices,
+        ).of(self.spec.name, self.spec.model)
         self.model: Decoder | None = None
         self.val_loss = MeanMetric().set_dtype(torch.float64)
         self.step_sums: StepSums | None = None
@@ -113,18 +131,8 @@ class ZooModule(LightningModule):
         self.step_expert_counts = torch.empty(0, 0, dtype=torch.int64)
         """[L, E], assignments to each expert in the last optimizer step."""
 
-    def _check_losses(self, config: ModelConfig) -> None:
-        for field in ("load_balance_coef", "z_loss_coef", "bias_update_rate", "mtp_coef"):
-            value = getattr(self, field)
-            if value < 0:
-                raise ValueError(f"model.{field} = {value}: give 0 or more")
-            if value and field != "mtp_coef" and config.moe is None:
-                raise ValueError(f"model.{field} = {value}: {self.spec.name} has no experts to balance; set it to 0")
-        if self.mtp_coef and not config.mtp_depth:
-            raise ValueError(
-                f"model.mtp_coef = {self.mtp_coef}: {self.spec.name} has no MTP modules; set model.overrides.mtp_depth "
-                "to 1, or this to 0"
-            )
+    def _check_bias(self, config: ModelConfig) -> None:
+        check_weight("bias_update_rate", self.bias_update_rate)
         if self.bias_update_rate and not (config.moe and config.moe.router_bias):
             raise ValueError(
                 f"model.bias_update_rate = {self.bias_update_rate}: {self.spec.name} has no selection bias; "
@@ -144,6 +152,11 @@ class ZooModule(LightningModule):
         """What spreads the model over processes; ``None`` where one process trains it."""
         strategy = self._trainer.strategy if self._trainer is not None else None
         return strategy if isinstance(strategy, MoEParallelStrategy) else None
+
+    @property
+    def _steps_taken(self) -> int:
+        """Optimizer steps before this one; 0 outside a trainer."""
+        return self._trainer.global_step if self._trainer is not None else 0
 
     def configure_model(self) -> None:
         """Build or load the weights, once, where Lightning wants them."""
@@ -171,7 +184,7 @@ class ZooModule(LightningModule):
             batch["input_ids"],
             document_ids=batch["document_ids"],
             logits_to_keep=None,
-            mtp=self.training and self.mtp_coef > 0,
+            mtp=self.training and bool(self.mtp_coef),
         )
         return output
 
@@ -181,12 +194,10 @@ class ZooModule(LightningModule):
         if self.parallel is not None:
             # Lightning's own flag: nothing public says which micro-batch is the last of a step.
             self.parallel.set_last_micro_batch(self.model, not self.trainer.fit_loop._should_accumulate())
-        sums = micro_batch_sums(self.model, self(batch), batch, self.balance_scope, self.parallel)
-        loss = sums.nll + self.mtp_coef * sums.mtp_nll
-        loss = loss + self.load_balance_coef * sums.load_balance + self.z_loss_coef * sums.z
+        sums = micro_batch_sums(self.model, self(batch), batch, self.objective, self.parallel, self.step_sums)
         detached = sums.map(Tensor.detach)
         self.step_sums = detached if self.step_sums is None else self.step_sums + detached
-        return loss
+        return self.objective.total(sums, self._steps_taken)
 
     def on_validation_epoch_start(self) -> None:
         """Sum in fp64, also where all of the module was cast (``bf16-true`` casts the metric's sums as well)."""
@@ -235,9 +246,7 @@ class ZooModule(LightningModule):
         if parallel is not None:
             sums = self.step_sums = sums.map(parallel.sum_over_data)
         labels = sums.labels.clamp(min=1)
-        load_balance, z = sums.load_balance / labels, sums.z / labels
-        lm_loss, mtp_loss = sums.nll / labels, sums.mtp_nll / labels
-        loss = lm_loss + self.mtp_coef * mtp_loss + self.load_balance_coef * load_balance + self.z_loss_coef * z
+        loss = self.objective.total(sums, self._steps_taken) / labels
         # Lightning divided each micro-batch's sum by their number.
         for parameter in self.parameters():
             if parameter.grad is not None:
@@ -253,15 +262,19 @@ class ZooModule(LightningModule):
             optimizer.zero_grad()
         self.step_metrics = {
             "train/loss": loss,
-            "train/lm_loss": lm_loss,
+            "train/lm_loss": sums.nll / labels,
             "train/grad_norm": norm,
             "train/lr": torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64),
             "train/skipped_steps": torch.tensor(self.skipped.total),
         }
-        if self.mtp_coef:
-            self.step_metrics["train/mtp_loss"] = mtp_loss
-        if self.spec.model.moe:
-            self.step_metrics |= {"train/load_balance_loss": load_balance, "train/z_loss": z}
+        shown = {
+            "mtp_loss": sums.mtp_nll if self.mtp_coef else None,
+            "load_balance_loss": sums.load_balance if self.spec.model.moe else None,
+            "device_balance_loss": sums.device_balance if self.objective.balance_devices else None,
+            "communication_balance_loss": sums.communication_balance if self.objective.balance_devices else None,
+            "z_loss": sums.z if self.spec.model.moe else None,
+        }
+        self.step_metrics |= {f"train/{name}": term / labels for name, term in shown.items() if term is not None}
 
     def _skip(self, name: str) -> None:
         """Count a step in which the value ``name`` is not finite, and say so."""
@@ -312,6 +325,7 @@ class ZooModule(LightningModule):
 
         A skipped step moves no bias either.
         """
+        step = self._steps_taken
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         sums, self.step_sums = self.step_sums, None
         assert sums is not None and self.model is not None
@@ -319,9 +333,10 @@ class ZooModule(LightningModule):
         if self.bias_update_rate and not self.skipped.in_a_row:
             routers = [m for m in self.model.modules() if isinstance(m, Router)]
             # Those of MTP modules come last, and have no counts where the modules did not run.
+            rate = weight_at(self.bias_update_rate, step)
             for router, counts in zip(routers, sums.expert_counts, strict=not self.model.mtp):
                 assert router.bias is not None
-                update_selection_bias(router.bias, counts, self.bias_update_rate)
+                update_selection_bias(router.bias, counts, rate)
 
 
 def _resolve(name: str, overrides: dict[str, Any], checkpoint: Path | None) -> ModelSpec:
