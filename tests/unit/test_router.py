@@ -89,13 +89,13 @@ def test_row_6_a_negative_bias_never_lets_another_group_in() -> None:
     assert out.experts.tolist() == [[0, 1]]
 
 
-def test_row_7_bias_moves_by_its_rate_towards_balance() -> None:
+def test_row_07_bias_moves_by_its_rate_towards_balance() -> None:
     bias = torch.tensor([0.0, 0.5, -0.5, 0.0])
     update_selection_bias(bias, torch.tensor([10, 2, 2, 2]), rate=0.25)
     assert bias.tolist() == [-0.25, 0.75, -0.25, 0.25]
 
 
-def test_row_7_forward_leaves_the_bias_alone_and_it_has_no_gradient() -> None:
+def test_row_07_forward_leaves_the_bias_alone_and_it_has_no_gradient() -> None:
     router = Router(8, MoEConfig(**{**BASE, "score_func": "sigmoid", "router_bias": True}))
     torch.nn.init.normal_(router.weight)
     assert router.bias is not None
@@ -105,7 +105,7 @@ def test_row_7_forward_leaves_the_bias_alone_and_it_has_no_gradient() -> None:
     assert router.weight.grad is not None and router.weight.grad.abs().sum() > 0
 
 
-def test_row_7_casting_keeps_every_bit_of_the_bias() -> None:
+def test_row_07_casting_keeps_every_bit_of_the_bias() -> None:
     router = Router(8, MoEConfig(**{**BASE, "router_bias": True}))
     router.bias = torch.tensor([0.1001, 1.0002, -0.3003, 0.0])
     before = router.bias.clone()
