@@ -207,8 +207,11 @@ class _Mix(torch.autograd.Function):
         x, weight, gate_up, down, token, kept = ctx.saved_tensors
         width, size = down.shape[2], max(map(len, ctx.blocks), default=0)
         up_weights = gate_up.flatten(1, 2)
-        d_x, d_weight = torch.zeros_like(x), torch.empty_like(weight)
-        d_up_weights, d_down = x.new_empty(up_weights.shape), x.new_empty(down.shape)
+        of_x, _, of_gate_up, of_down = ctx.needs_input_grad[:4]
+        d_x, d_weight = torch.zeros_like(x) if of_x else None, torch.empty_like(weight)
+        # No memory for the gradient of experts that are frozen.
+        d_up_weights = torch.empty_like(up_weights) if of_gate_up else None
+        d_down = torch.empty_like(down) if of_down else None
         row_buffer, inner_buffer = x.new_empty(size, x.shape[1]), x.new_empty(size, width)
         both_buffer = x.new_empty(size, 2 * width)
         for block in ctx.blocks:
@@ -223,16 +226,20 @@ class _Mix(torch.autograd.Function):
             # The place of the gate's gradient holds the inner activations until that is known.
             inner = torch.mul(d_up, up, out=d_gate)
             torch.sum(inner * d_inner, dim=1, out=d_weight[block.rows])
-            inner.mul_(w)
-            _outer_products(block, rows, inner, d_down)
+            if d_down is not None:
+                _outer_products(block, rows, inner.mul_(w), d_down)
             d_up.mul_(d_inner.mul_(w))
             ctx.gate.backward(d_inner.mul_(up), gate, d_gate)
-            torch.index_select(x, 0, tokens, out=rows)
-            _outer_products(block, d_both, rows, d_up_weights)
-            _products(block, d_both, up_weights, rows)
-            d_x.index_add_(0, tokens, rows)
+            if d_up_weights is not None:
+                torch.index_select(x, 0, tokens, out=rows)
+                _outer_products(block, d_both, rows, d_up_weights)
+            if d_x is not None:
+                _products(block, d_both, up_weights, rows)
+                d_x.index_add_(0, tokens, rows)
         busy = {expert for block in ctx.blocks for expert in block.experts}
         for expert in set(range(len(down))) - busy:
-            d_up_weights[expert].zero_()
-            d_down[expert].zero_()
-        return d_x, d_weight, d_up_weights.view(gate_up.shape), d_down, None, None, None
+            for d_weights in (d_up_weights, d_down):
+                if d_weights is not None:
+                    d_weights[expert].zero_()
+        d_gate_up = None if d_up_weights is None else d_up_weights.view(gate_up.shape)
+        return d_x, d_weight, d_gate_up, d_down, None, None, None

@@ -1,0 +1,1 @@
+"""Training a part of a trained decoder, or a small adapter beside it: docs/finetuning.md."""
