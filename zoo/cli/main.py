@@ -17,6 +17,7 @@ COMMANDS = {
     "data": ("zoo.cli.data", "tokenise text into training data; train a tokenizer"),
     "import": ("zoo.cli.import_", "convert published weights into a zoo checkpoint"),
     "export": ("zoo.cli.export", "convert a zoo checkpoint into the published layout"),
+    "upcycle": ("zoo.cli.upcycle", "make a sparse checkpoint of a dense one"),
     "verify": ("zoo.cli.verify", "check a checkpoint directory without loading it"),
     "generate": ("zoo.cli.generate", "continue a prompt"),
     "eval": ("zoo.cli.eval", "score a checkpoint on lm-eval tasks"),
