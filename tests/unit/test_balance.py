@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,6 +55,16 @@ def test_row_02_layers_are_averaged_and_never_pooled() -> None:
     first = routed(torch.tensor([[100.0, 0.0]]).repeat(3, 1), 1)
     second = routed(torch.tensor([[0.0, 100.0]]).repeat(3, 1), 1)
     assert load_balance_loss([first, second]).item() == pytest.approx(2.0)
+
+
+def test_row_02_load_is_what_the_router_chose_whether_or_not_it_had_room() -> None:
+    probs = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3]])
+    chosen = torch.tensor([[True, True], [True, False]])
+    out = replace(routed(probs.log(), 2), chosen=chosen, kept=torch.tensor([[True, False], [False, False]]))
+    assert expert_counts(out).tolist() == [1, 2, 0]
+    assert sent_tokens(out, 3).tolist() == [1, 2, 0]
+    # f = [1, 2, 0] / 3; P = [0.4, 0.4, 0.2].
+    assert load_balance_loss([out]).item() == pytest.approx(3 * (0.4 + 2 * 0.4) / 3)
 
 
 def test_row_02_by_hand_with_padding() -> None:

@@ -35,6 +35,10 @@ on several devices (docs/parallel.md):
   --trainer.strategy PLAN            ddp, fsdp, ep, ep_fsdp, tp_ep_fsdp, or the YAML file of a plan
   --parallel.expert N                ranks over which the experts are spread, --parallel.tensor N that share a batch
 
+that does not die:
+  --model.max_skipped_steps N        steps in a row that may be skipped because they are not finite
+  --model.spikes CONFIG              skip loss spikes as well: '{threshold: 6, window: 100, max_in_a_row: 5}'
+
 where to:
   --trainer.default_root_dir DIR     run directory; the trained model goes to DIR/final
   --trainer.log_every_n_steps N      steps between two lines of DIR/metrics.csv

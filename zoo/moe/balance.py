@@ -146,10 +146,9 @@ class _TokenGroups:
         """Fraction of the assignments that each expert gets, [G, E] without gradient: of ``counts`` [E], if given."""
         if counts is not None:
             return counts.to(self._keep.dtype) / counts.sum().clamp(min=1)
-        return (
-            self.over_tokens(_chosen(self._output, self._output.experts, self.mean_scores.shape[-1]))
-            / (self._output.experts.shape[-1])
-        )
+        chosen = _chosen(self._output, self._output.experts, self.mean_scores.shape[-1])
+        chosen = (chosen.view(*self._keep.shape[:2], -1) * self._keep).sum(dim=1)
+        return chosen / chosen.sum(dim=-1, keepdim=True).clamp(min=1)
 
     def mean(self, terms: Tensor) -> Tensor:
         """terms [G, n] → their sum in a group, the mean over groups that have tokens."""
@@ -169,9 +168,10 @@ def _layers(
 
 
 def _chosen(output: RouterOutput, indices: Tensor, size: int) -> Tensor:
-    """indices [T, K] → [T, size], how often each is there, in the dtype of the scores."""
-    ones = torch.ones_like(indices, dtype=output.scores.dtype)
-    return ones.new_zeros(indices.shape[0], size).scatter_add_(1, indices, ones)
+    """indices [T, K] of chosen experts → [T, size], how often each is there, in the dtype of the scores."""
+    ones = torch.ones_like(indices) if output.chosen is None else output.chosen
+    counts = output.scores.new_zeros(indices.shape[0], size)
+    return counts.scatter_add_(1, indices, ones.to(counts.dtype))
 
 
 def _sent(output: RouterOutput, devices: int) -> Tensor:

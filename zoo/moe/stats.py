@@ -14,13 +14,28 @@ from zoo.moe.router import RouterOutput
 
 
 def expert_counts(output: RouterOutput, token_mask: Tensor | None = None) -> Tensor:
-    """[E] int64, assignments to each expert; tokens whose ``token_mask`` [B, S] is False are left out."""
-    ones = torch.ones_like(output.experts)
+    """[E] int64, assignments to each expert; tokens whose ``token_mask`` [B, S] is False are left out.
+
+    Those that the router chose, before any was dropped for want of capacity, as Switch's balance loss counts them
+    (arXiv 2101.03961, equation 5).
+    """
+    ones = torch.ones_like(output.experts) if output.chosen is None else output.chosen.to(output.experts.dtype)
     if token_mask is not None:
         ones = ones * token_mask.flatten().unsqueeze(-1)
     # Unlike torch.bincount this does not wait for a GPU to tell the largest.
     counts = output.experts.new_zeros(output.scores.shape[-1])
     return counts.scatter_add_(0, output.experts.flatten(), ones.flatten())
+
+
+def dropped_fraction(output: RouterOutput, token_mask: Tensor | None = None) -> Tensor:
+    """Fraction of the assignments that found no place in their expert, fp32 scalar; 0 without a limit.
+
+    ``token_mask`` as ``expert_counts``.
+    """
+    if output.kept is None:
+        return output.scores.new_zeros(())
+    kept = output.kept if token_mask is None else output.kept & token_mask.view(-1, 1)
+    return 1 - kept.sum() / expert_counts(output, token_mask).sum().clamp(min=1)
 
 
 def expert_load(counts: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class StepSums:
     expert_counts: Tensor
     """[L, E] assignments; L = 0 in a dense model."""
     sent: Tensor
-    """[L, G] tokens sent to each device; L = 0 where no loss asks."""
+    """[L, G + 1] tokens sent to each device, and all tokens; [L, 0] where no loss asks."""
 
     def __add__(self, other: StepSums) -> StepSums:
         return StepSums(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
@@ -178,7 +178,10 @@ def micro_batch_sums(
     tokens = batch["document_ids"] != PADDING_DOCUMENT
     counts = torch.stack([expert_counts(r, tokens) for r in routing])
     devices = objective.balance_devices
-    sent = torch.stack([sent_tokens(r, devices, tokens) for r in routing]) if devices else counts[:, :0]
+    sent = counts[:, :0]
+    if devices:
+        all_tokens = tokens.sum().view(1)
+        sent = torch.stack([torch.cat((sent_tokens(r, devices, tokens), all_tokens)) for r in routing])
     whole = torch.cat((counts, sent), dim=-1)
     if objective.balance_scope == "global_batch" and before is not None:
         whole = whole + torch.cat((before.expert_counts, before.sent), dim=-1)
@@ -187,7 +190,7 @@ def micro_batch_sums(
         per_token, per_sequence = _shares(count, tokens, parallel)
         weight = per_sequence if objective.balance_scope == "sequence" else per_token
         whole = whole if objective.balance_scope == "sequence" else parallel.sum_over_data(whole)
-    losses = _balance(routing, tokens, objective, *whole.split((counts.shape[-1], devices), dim=-1))
+    losses = _balance(routing, tokens, objective, *whole.split((counts.shape[-1], sent.shape[-1]), dim=-1))
     return StepSums(
         labels=count,
         nll=nll,
@@ -206,7 +209,7 @@ def _balance(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The load-, device- and communication-balance losses of a micro-batch; 0 of those that no weight asks for.
 
-    ``counts`` [L, E] and ``sent`` [L, G] are of all that load fractions are taken over, unless that is a sequence.
+    ``counts`` [L, E] and ``sent`` [L, G + 1] are of all that load fractions are taken over, unless that is a sequence.
     """
     devices = objective.balance_devices
     scope: TokenGroups = "sequence" if objective.balance_scope == "sequence" else "micro_batch"
@@ -214,8 +217,7 @@ def _balance(
     load_balance = load_balance_loss(routing, tokens, scope, counts=of_whole)
     if not devices:
         return load_balance, torch.zeros_like(load_balance), torch.zeros_like(load_balance)
-    routed = counts.sum(dim=-1, keepdim=True) / routing[0].experts.shape[-1]
-    fractions = None if scope == "sequence" else list(sent / routed.clamp(min=1))
+    fractions = None if scope == "sequence" else list(sent[:, :-1] / sent[:, -1:].clamp(min=1))
     return (
         load_balance,
         device_balance_loss(routing, devices, tokens, scope, counts=of_whole),

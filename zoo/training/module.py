@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +22,20 @@ from torchmetrics import MeanMetric
 from zoo.config import ModelConfig, ModelSpec
 from zoo.config_reading import from_dict, to_dict
 from zoo.families import expressible
+from zoo.finetune.run import Finetuning
 from zoo.model import Decoder, DecoderOutput, build
 from zoo.moe.router import Router, update_selection_bias
 from zoo.parallel import grads
 from zoo.parallel.strategy import MoEParallelStrategy
 from zoo.registry import find_spec, own_checkpoint
+from zoo.training import culprit
+from zoo.training.guard import SkippedSteps, SpikeConfig
 from zoo.training.loss import Objective, Scope, StepSums, label_count, micro_batch_sums
 from zoo.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer
 from zoo.training.ramp import Weight, check_weight, weight_at
 
 ADAMW = OptimizerConfig()
 COSINE = ScheduleConfig()
-
-
-@dataclass
-class SkippedSteps:
-    """Steps that moved nothing, because the loss or the gradient norm was not finite."""
-
-    total: int = 0
-    in_a_row: int = 0
-    """Up to the last step; 0 if that was not skipped."""
 
 
 class ZooModule(LightningModule):
@@ -76,6 +70,7 @@ class ZooModule(LightningModule):
         seed: Seed of the fresh weights.
         max_skipped_steps: Steps in a row that may be skipped because the loss or the gradient norm is not finite; one
             more ends the run.
+        spikes: Skip steps with a loss spike as well; by default they are taken.
 
     Raises:
         ValueError: an unknown model, overrides that do not fit it, balance settings of a model without experts, or an
@@ -98,6 +93,7 @@ class ZooModule(LightningModule):
         schedule: ScheduleConfig = COSINE,
         seed: int = 0,
         max_skipped_steps: int = 10,
+        spikes: SpikeConfig | None = None,
     ) -> None:
         super().__init__()
         self.checkpoint = Path(name) if Path(name).is_dir() else own_checkpoint(name)
@@ -108,6 +104,7 @@ class ZooModule(LightningModule):
         self.schedule = schedule
         self.seed = seed
         self.max_skipped_steps = max_skipped_steps
+        self.spikes = spikes
         self.skipped = SkippedSteps()
         if max_skipped_steps < 0:
             raise ValueError(f"model.max_skipped_steps = {max_skipped_steps}: give 0 or more")
@@ -122,8 +119,12 @@ class ZooModule(LightningModule):
             balance_devices=balance_devices,
         ).of(self.spec.name, self.spec.model)
         self.model: Decoder | None = None
+        self.finetuning: Finetuning | None = None
+        """What is trained of it, where that is not all."""
         self.val_loss = MeanMetric().set_dtype(torch.float64)
         self.step_sums: StepSums | None = None
+        self.step_batches: list[Mapping[str, Tensor]] = []
+        """The micro-batches of the step under way."""
         self.step_metrics: dict[str, Tensor] = {}
         """Values of the last optimizer step, as they are logged; losses are means over its labels."""
         self.val_metrics: dict[str, Tensor] = {}
@@ -171,6 +172,8 @@ class ZooModule(LightningModule):
             from zoo.weights import load
 
             self.model = load(self.checkpoint)
+        if self.finetuning is not None:
+            print(self.finetuning.begin(self.model, self.seed), flush=True)
         self.model.train()
 
     # -------------------------------------------------------------------------------------------------------------
@@ -195,6 +198,7 @@ class ZooModule(LightningModule):
             # Lightning's own flag: nothing public says which micro-batch is the last of a step.
             self.parallel.set_last_micro_batch(self.model, not self.trainer.fit_loop._should_accumulate())
         sums = micro_batch_sums(self.model, self(batch), batch, self.objective, self.parallel, self.step_sums)
+        self.step_batches.append(batch)
         detached = sums.map(Tensor.detach)
         self.step_sums = detached if self.step_sums is None else self.step_sums + detached
         return self.objective.total(sums, self._steps_taken)
@@ -235,8 +239,8 @@ class ZooModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the gradients of the summed loss into those of the mean, and collect the step's metrics.
 
-        A step whose loss or gradient norm is not finite on any rank is skipped by all: the optimizer leaves parameters
-        without gradients, and their moments, as they are.
+        A step whose loss or gradient norm is not finite on any rank, or a spike, is skipped by all: the optimizer
+        leaves parameters without gradients, and their moments, as they are.
 
         Raises:
             ValueError: one more than ``max_skipped_steps`` in a row, on every rank alike.
@@ -255,10 +259,11 @@ class ZooModule(LightningModule):
         values = torch.stack((loss, norm))
         finite = values.isfinite() if parallel is None else parallel.all_finite(values)
         loss, norm = values.where(finite, torch.nan)
-        if finite.all():
-            self.skipped.in_a_row = 0
+        if not finite.all():
+            self._skip_not_finite("gradient norm" if finite[0] else "loss")
         else:
-            self._skip("gradient norm" if finite[0] else "loss")
+            self._skip_spike(values)
+        if self.skipped.last:
             optimizer.zero_grad()
         self.step_metrics = {
             "train/loss": loss,
@@ -267,6 +272,8 @@ class ZooModule(LightningModule):
             "train/lr": torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64),
             "train/skipped_steps": torch.tensor(self.skipped.total),
         }
+        if self.spikes is not None:
+            self.step_metrics["train/skipped_spikes"] = torch.tensor(self.skipped.spikes)
         shown = {
             "mtp_loss": sums.mtp_nll if self.mtp_coef else None,
             "load_balance_loss": sums.load_balance if self.spec.model.moe else None,
@@ -276,23 +283,59 @@ class ZooModule(LightningModule):
         }
         self.step_metrics |= {f"train/{name}": term / labels for name, term in shown.items() if term is not None}
 
-    def _skip(self, name: str) -> None:
-        """Count a step in which the value ``name`` is not finite, and say so."""
-        step = self.global_step + 1
-        if self.skipped.in_a_row == self.max_skipped_steps:
+    def _skip_not_finite(self, name: str) -> None:
+        """Count a step in which the value ``name`` is not finite, and say so, and where that begins."""
+        where = self._culprit(name)
+        step, before = self._steps_taken + 1, self.skipped.in_a_row
+        if before == self.max_skipped_steps:
             raise ValueError(
-                f"training {name} = nan at step {step}, after {self.skipped.in_a_row} skipped steps in a row: the run "
-                "is stopped before the update; lower model.optimizer.lr, lengthen model.schedule.warmup_steps, or set "
+                f"training {name} = nan at step {step}, after {before} skipped steps in a row, {where}: the run is "
+                "stopped before the update; lower model.optimizer.lr, lengthen model.schedule.warmup_steps, or set "
                 "trainer.gradient_clip_val"
             )
-        self.skipped.total += 1
-        self.skipped.in_a_row += 1
+        self.skipped.count_not_finite()
+        self._say(f"step {step} is skipped: training {name} is not finite, {where}")
+
+    def _culprit(self, name: str) -> str:
+        """Where the value ``name``, which is not finite, comes from."""
+        assert self.model is not None
+        all_finite = torch.isfinite if self.parallel is None else self.parallel.all_finite
+        if name != "loss":
+            parameter = culprit.of_backward(self.model, all_finite)
+            return (
+                f"first in the gradient of {parameter}" if parameter else "and every gradient is: their squares are not"
+            )
+        for batch in self.step_batches:
+            with self.trainer.precision_plugin.train_step_context():
+                module = culprit.of_forward(self.model, partial(self, batch), all_finite)
+            if module:
+                return f"first in the output of {module}"
+        return "and every module's output is"
+
+    def _skip_spike(self, values: Tensor) -> None:
+        """Count a step with the finite ``values``, loss and gradient norm: as taken, or as a spike."""
+        if self.spikes is None:
+            self.skipped.count_taken(None, [])
+            return
+        numbers = values.tolist()
+        spike = self.skipped.spike(self.spikes, numbers)
+        if self.parallel is not None:
+            # Rounding may differ where ranks add in another order; all skip or none.
+            agreed = bool(self.parallel.all_finite(values.new_tensor(torch.nan if spike else 0.0)))
+            spike = None if agreed else spike or "a spike on another rank"
+        if spike is None:
+            self.skipped.count_taken(self.spikes, numbers)
+        else:
+            self.skipped.count_spike()
+            self._say(f"step {self._steps_taken + 1} is skipped: {spike}")
+
+    def _say(self, line: str) -> None:
         if self.trainer.is_global_zero:
-            print(f"step {step} is skipped: training {name} is not finite", file=sys.stderr)
+            print(line, file=sys.stderr)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep how many steps were skipped."""
-        checkpoint["skipped_steps"] = dataclasses.asdict(self.skipped)
+        """Keep how many steps were skipped, and what spikes are measured by."""
+        checkpoint["skipped_steps"] = self.skipped.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on counting."""
@@ -328,9 +371,10 @@ class ZooModule(LightningModule):
         step = self._steps_taken
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         sums, self.step_sums = self.step_sums, None
+        self.step_batches.clear()
         assert sums is not None and self.model is not None
         self.step_expert_counts = sums.expert_counts
-        if self.bias_update_rate and not self.skipped.in_a_row:
+        if self.bias_update_rate and not self.skipped.last:
             routers = [m for m in self.model.modules() if isinstance(m, Router)]
             # Those of MTP modules come last, and have no counts where the modules did not run.
             rate = weight_at(self.bias_update_rate, step)
