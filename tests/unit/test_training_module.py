@@ -172,6 +172,33 @@ def test_row_03_balance_gradients_are_those_of_any_split_where_the_definition_sa
             torch.testing.assert_close(other[name], gradient, rtol=1e-3, atol=1e-6)
 
 
+def test_row_03_balance_gradients_do_not_depend_on_recomputed_activations_which_take_less_memory(
+    tmp_path: Path,
+) -> None:
+    found: dict[str, dict[str, Tensor]] = {}
+    kept = {}
+    for recompute in ("none", "experts", "block"):
+        module = ZooModule(
+            "deepseek-v3-tiny",
+            BIASED,
+            balance_scope="global_batch",
+            bias_update_rate=0.1,
+            recompute=recompute,
+            **COEFFICIENTS,
+            **OF_DEVICES,
+        )
+        found[recompute] = one_step(module, batches(2), tmp_path) | dict(module.named_buffers())
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
+            module.model(batches(1)[0]["input_ids"], logits_to_keep=None)
+        kept[recompute] = sum(saved)
+    assert kept["block"] < kept["experts"] < kept["none"]
+    for recompute in ("experts", "block"):
+        assert found[recompute].keys() == found["none"].keys()
+        for name, value in found["none"].items():
+            torch.testing.assert_close(found[recompute][name], value, rtol=1e-6, atol=1e-9, msg=name)
+
+
 def test_a_ramp_weighs_a_loss_by_the_step(tmp_path: Path) -> None:
     ramp = Ramp(start=0.0, end=0.4, from_step=1, to_step=3)
     module = ZooModule("mixtral-tiny", SMALL, z_loss_coef=ramp, mtp_coef=0.0)

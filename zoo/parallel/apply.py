@@ -92,7 +92,7 @@ def parallelize(
         rules = plan
     _apply_expert(model, meshes, rules, options)
     _apply_tensor(model, meshes.tensor, rules)
-    _apply_recompute(model, options.recompute)
+    recompute_activations(model, options.recompute)
     if options.compile_backend is not None:
         _apply_compile(model, options.compile_backend)
     if meshes.sizes.stage > 1 or options.param_dtype is not None:
@@ -127,6 +127,11 @@ def check_sizes(config: ModelConfig, sizes: MeshSizes, rules: ResolvedPlan) -> N
         if moe is not None and moe.num_shared_experts:
             shared = moe.num_shared_experts * moe.moe_intermediate_size
             wanted.append(("tensor", sizes.tensor, "width of the shared experts", shared))
+    if sizes.tensor > 1 and (config.dropout or (moe is not None and moe.routing is not None and moe.routing.random)):
+        raise ValueError(
+            f"tensor = {sizes.tensor} ranks: they would draw different random numbers for dropout or moe.routing; use "
+            "tensor = 1"
+        )
     for name, ranks, field, value in wanted:
         if value % ranks:
             raise ValueError(f"{name} = {ranks} ranks: {field} = {value} is not divisible by it; give a divisor")
@@ -135,6 +140,20 @@ def check_sizes(config: ModelConfig, sizes: MeshSizes, rules: ResolvedPlan) -> N
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     """Call ``forward`` in place of the forward of this one module; its hooks and names stay."""
     vars(module)["forward"] = forward
+
+
+def recompute_activations(model: Decoder, recompute: Literal["none", "experts", "block"]) -> None:
+    """Keep no activations of the experts, or of whole blocks, for the backward pass, but compute them again (in place).
+
+    Gradients stay what they are: routing is computed from the same numbers, and random ones are drawn again.
+    """
+    modules: list[nn.Module] = []
+    if recompute == "block":
+        modules = [*model.layers, *model.mtp]
+    elif recompute == "experts":
+        modules = [moe.experts for _, moe in moe_layers(model)]
+    for module in modules:
+        replace_forward(module, partial(checkpoint, module.forward, use_reentrant=False))
 
 
 def moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:
@@ -158,6 +177,11 @@ def _apply_expert(model: Decoder, meshes: Meshes, rules: ResolvedPlan, options: 
     With tensor ranks this is needed even where every rank has all experts: the ranks of a group share the tokens.
     """
     apart = meshes.sizes.expert > 1 or meshes.sizes.tensor > 1
+    routing = model.config.moe.routing if model.config.moe else None
+    if options.capacity_factor is not None and routing is not None:
+        raise ValueError(
+            f"capacity_factor = {options.capacity_factor}: the model's moe.routing says what an expert takes; remove it"
+        )
     if options.capacity_factor is not None and not (rules.experts and apart):
         raise ValueError(
             f"capacity_factor = {options.capacity_factor}: nothing is exchanged in this layout; spread the experts, or "
@@ -215,16 +239,6 @@ def _sum_key_gradient(mesh: DeviceMesh, size: int, module: nn.Module, args: Any,
     latent, key = out.split((out.shape[-1] - size, size), dim=-1)
     summed: Tensor = SumGradient.apply(key, mesh.get_group())
     return torch.cat((latent, summed), dim=-1)
-
-
-def _apply_recompute(model: Decoder, recompute: Literal["none", "experts", "block"]) -> None:
-    modules: list[nn.Module] = []
-    if recompute == "block":
-        modules = [*model.layers, *model.mtp]
-    elif recompute == "experts":
-        modules = [moe.experts for _, moe in moe_layers(model)]
-    for module in modules:
-        replace_forward(module, partial(checkpoint, module.forward, use_reentrant=False))
 
 
 def _apply_compile(model: Decoder, backend: str) -> None:

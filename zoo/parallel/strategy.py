@@ -36,7 +36,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
         tensor: Ranks that share a batch. By default 2 in a plan with rules for them, else 1.
         expert: Ranks over which the experts are spread. By default as many as the world and the experts allow.
         replicate: Data ranks that hold copies of what the others shard. By default all in ``ddp`` and ``ep``, else 1.
-        recompute: Whose activations are computed again in the backward pass.
+        recompute: Whose activations are computed again in the backward pass; ``zoo fit`` does so on one device as well.
         capacity_factor: Bound on what an expert takes over its balanced load; by default nothing is dropped.
         overlap_shared_experts: Compute shared experts while tokens travel.
         reshard_after_forward: Free gathered parameters between forward and backward.

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -26,6 +26,7 @@ from zoo.finetune.run import Finetuning
 from zoo.model import Decoder, DecoderOutput, build
 from zoo.moe.router import Router, update_selection_bias
 from zoo.parallel import grads
+from zoo.parallel.apply import recompute_activations
 from zoo.parallel.strategy import MoEParallelStrategy
 from zoo.registry import find_spec, own_checkpoint
 from zoo.training import culprit
@@ -70,6 +71,8 @@ class ZooModule(LightningModule):
         seed: Seed of the fresh weights.
         max_skipped_steps: Steps in a row that may be skipped because the loss or the gradient norm is not finite; one
             more ends the run.
+        recompute: Whose activations are computed again in the backward pass instead of kept, on one device; of several
+            ``MoEParallelStrategy`` decides. ``zoo fit`` has ``parallel.recompute`` for both.
         spikes: Skip steps with a loss spike as well; by default they are taken.
 
     Raises:
@@ -94,6 +97,7 @@ class ZooModule(LightningModule):
         seed: int = 0,
         max_skipped_steps: int = 10,
         spikes: SpikeConfig | None = None,
+        recompute: Literal["none", "experts", "block"] = "none",
     ) -> None:
         super().__init__()
         self.checkpoint = Path(name) if Path(name).is_dir() else own_checkpoint(name)
@@ -105,6 +109,7 @@ class ZooModule(LightningModule):
         self.seed = seed
         self.max_skipped_steps = max_skipped_steps
         self.spikes = spikes
+        self.recompute = recompute
         self.skipped = SkippedSteps()
         if max_skipped_steps < 0:
             raise ValueError(f"model.max_skipped_steps = {max_skipped_steps}: give 0 or more")
@@ -174,6 +179,8 @@ class ZooModule(LightningModule):
             self.model = load(self.checkpoint)
         if self.finetuning is not None:
             print(self.finetuning.begin(self.model, self.seed), flush=True)
+        if self.parallel is None:
+            recompute_activations(self.model, self.recompute)
         self.model.train()
 
     # -------------------------------------------------------------------------------------------------------------
