@@ -8,6 +8,7 @@ Conventions
     *Active* parameters are those that the computation of one token may read: everything except the routed experts
     that were not chosen. Both vocabulary matrices count in full, as in Mixtral's and Qwen's published figures;
     ``active_without_embedding`` leaves the input table out (a token reads one row of it), as DeepSeek-V2's do.
+    Where experts choose tokens, or their capacity is limited, that is what a token can have in the mean or at most.
     *MTP modules* (``mtp_depth``) are counted apart, as in DeepSeek-V3's figures: a model runs without them. They are in
     ``with_mtp``, in ``count_buffers``, in the bytes of weights and in the FLOPs of training, and nowhere else. Their
     embedding and output head are the model's own.
@@ -31,6 +32,7 @@ from zoo.config import AttentionConfig, MambaConfig, MLAConfig, ModelConfig, MoE
 
 TRAINING_OVER_FORWARD = 3
 FP32_BYTES, BF16_BYTES = 4, 2
+STEP_BYTES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,12 +111,15 @@ def count_buffers(config: ModelConfig) -> int:
     """Elements of the fp32 selection biases, which a checkpoint holds beside the parameters."""
     if config.moe is None or not config.moe.router_bias:
         return 0
-    return config.moe.num_experts * sum(map(config.is_moe_layer, range(config.num_layers + config.mtp_depth)))
+    return config.moe.num_experts * _num_moe_layers(config)
 
 
 def weight_bytes(config: ModelConfig, itemsize: int) -> int:
-    """Bytes of a checkpoint whose parameters take ``itemsize`` bytes each; selection biases stay fp32."""
-    return count_parameters(config).with_mtp * itemsize + count_buffers(config) * FP32_BYTES
+    """Bytes of a checkpoint whose parameters take ``itemsize`` bytes each; selection biases stay fp32, and a router
+    whose temperature is annealed keeps the step."""
+    annealed = config.moe is not None and config.moe.routing is not None and config.moe.routing.temperature is not None
+    steps = _num_moe_layers(config) * STEP_BYTES if annealed else 0
+    return count_parameters(config).with_mtp * itemsize + count_buffers(config) * FP32_BYTES + steps
 
 
 def cache_elements_per_token(config: ModelConfig) -> int:
@@ -182,7 +187,7 @@ def _visible_in_layer(attention: AttentionConfig, layer: int, sequence_length: i
 
 def training_flops(config: ModelConfig, sequence_length: int) -> float:
     """FLOPs of the forward and backward pass per token, averaged over a sequence of ``sequence_length`` tokens."""
-    forward = forward_flops(config, sequence_length)
+    forward = forward_flops(config, sequence_length) + 2.0 * _only_in_training(config)
     for k, module in enumerate(count_parameters(config).mtp):
         layer = config.num_layers + k
         weights = (
@@ -190,6 +195,17 @@ def training_flops(config: ModelConfig, sequence_length: int) -> float:
         )
         forward += 2.0 * weights + _mixing_flops(config, layer, sequence_length)
     return TRAINING_OVER_FORWARD * forward
+
+
+def _only_in_training(config: ModelConfig) -> int:
+    """Weights that a token is multiplied with while training, and not afterwards: noise, and experts not chosen."""
+    if config.moe is None or config.moe.routing is None:
+        return 0
+    per_layer = _noise(config.moe, config.hidden_size)
+    if config.moe.routing.dense_training:
+        others = config.moe.num_experts - config.moe.top_k
+        per_layer += others * _swiglu(config.hidden_size, config.moe.moe_intermediate_size)
+    return per_layer * _num_moe_layers(config)
 
 
 def summary(config: ModelConfig, sequence_length: int) -> dict[str, Any]:
@@ -230,7 +246,7 @@ def _layer(config: ModelConfig, layer: int) -> LayerParameters:
     return LayerParameters(
         norms=_norms(config),
         mixer=mixer,
-        router=moe.num_experts * width + _router_biases(moe),
+        router=_router(moe, width) + _noise(moe, width),
         routed_experts=moe.num_experts * expert,
         active_experts=moe.top_k * expert,
         shared_experts=moe.num_shared_experts * matrices + (width if moe.shared_expert_gate else 0),
@@ -304,12 +320,23 @@ def _expert_biases(hidden_size: int, moe: MoEConfig) -> int:
     return 0 if moe.swiglu_limit is None else 2 * moe.moe_intermediate_size + hidden_size
 
 
+def _router(moe: MoEConfig, hidden_size: int) -> int:
+    if moe.routing is not None and moe.routing.choice == "hash":
+        return 0
+    return moe.num_experts * hidden_size + _router_biases(moe)
+
+
 def _router_biases(moe: MoEConfig) -> int:
     return moe.num_experts if moe.router_logit_bias else 0
 
 
+def _noise(moe: MoEConfig, hidden_size: int) -> int:
+    """Parameters that give the width of the router's noise, while training."""
+    return moe.num_experts * hidden_size if moe.routing is not None and moe.routing.noise else 0
+
+
 def _non_matmul(config: ModelConfig, layer: int) -> int:
-    """Parameters of one layer that are added or multiplied element by element: norms and biases."""
+    """Parameters of one layer that no token is multiplied with outside of training, or element by element: norms."""
     if config.mamba and config.is_mamba_layer(layer):
         inside = _mamba_vectors(config.hidden_size, config.mamba)
     elif config.mla:
@@ -318,7 +345,8 @@ def _non_matmul(config: ModelConfig, layer: int) -> int:
         inside = _attention_vectors(config.hidden_size, _attention(config))
     if config.is_moe_layer(layer):
         moe = _moe(config)
-        inside += _router_biases(moe) + moe.top_k * _expert_biases(config.hidden_size, moe)
+        inside += _router_biases(moe) + _noise(moe, config.hidden_size)
+        inside += moe.top_k * _expert_biases(config.hidden_size, moe)
     return _norms(config) + inside
 
 
@@ -331,6 +359,11 @@ def _mean_visible(sequence_length: int, window: int | None) -> float:
     """Mean over positions i = 0 … S - 1 of min(i + 1, window): how many positions a causal query sees."""
     ramp = min(window or sequence_length, sequence_length)
     return (ramp * (ramp + 1) / 2 + (sequence_length - ramp) * ramp) / sequence_length
+
+
+def _num_moe_layers(config: ModelConfig) -> int:
+    """MTP modules included."""
+    return sum(map(config.is_moe_layer, range(config.num_layers + config.mtp_depth)))
 
 
 def _num_mamba_layers(config: ModelConfig) -> int:

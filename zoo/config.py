@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from zoo.config_checks import validate
 from zoo.config_reading import from_dict, load_yaml, to_dict
+from zoo.config_routing import RoutingConfig
 from zoo.files import write_text
 
 if typing.TYPE_CHECKING:
@@ -187,6 +188,10 @@ class MoEConfig:
     """The first layers that keep the dense FFN of ``ModelConfig.intermediate_size``."""
     layer_interval: int = 1
     """Every so-manieth layer has experts, the others the dense FFN."""
+    expert_dropout: float = 0.0
+    """Dropout inside the experts, of what enters their down projection (arXiv 2101.03961, section 2.4)."""
+    routing: RoutingConfig | None = None
+    """None: each token goes to its ``top_k`` best experts, and none is dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +230,8 @@ class ModelConfig:
     """Modules after the last layer, each of which predicts one token further ahead (``zoo.model.MTPModule``). Where a
     field says which layers have what, they are layers ``num_layers``, ``num_layers`` + 1, …"""
     initializer_range: float = 0.02
+    dropout: float = 0.0
+    """Dropout of the output of every mixer and FFN, before it is added to the residual."""
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer number ``layer`` (from 0) has routed experts."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zoo.config import AttentionConfig, InterleavedRopeConfig, MambaConfig, ModelConfig, MoEConfig, RopeConfig
+    from zoo.config_routing import RoutingConfig
 
 
 def validate(c: ModelConfig) -> None:
@@ -57,8 +58,11 @@ def validate(c: ModelConfig) -> None:
     else:
         plain = c.attention is not None and not _kinds(c.attention)
         _require(plain, "rope", None, "only plain attention goes without; give its theta")
+    _require(0 <= c.dropout < 1, "dropout", c.dropout, "give a probability below 1, or 0 for none")
     if c.moe:
         _validate_moe(c.moe, c.num_layers)
+        hashed = c.moe.routing is not None and c.moe.routing.choice == "hash"
+        _require(not (hashed and c.mtp_depth), "mtp_depth", c.mtp_depth, "MTP modules cannot hash the tokens ahead; 0")
 
 
 def _validate_mamba(m: MambaConfig) -> None:
@@ -218,6 +222,69 @@ def _validate_moe(m: MoEConfig, num_layers: int) -> None:
         m.first_k_dense,
         f"at least one of the {num_layers} layers must be MoE; drop the moe block for a dense model",
     )
+    _require(
+        0 <= m.expert_dropout < 1, "moe.expert_dropout", m.expert_dropout, "give a probability below 1, or 0 for none"
+    )
+    _require(
+        not m.expert_dropout or m.swiglu_limit is None,
+        "moe.expert_dropout",
+        m.expert_dropout,
+        "experts with a swiglu_limit have none; set it to 0",
+    )
+    if m.routing:
+        _validate_routing(m.routing, m)
+
+
+def _validate_routing(r: RoutingConfig, m: MoEConfig) -> None:
+    for field in ("capacity_factor", "eval_capacity_factor", "second_expert_threshold"):
+        value = getattr(r, field)
+        _require(value is None or value > 0, f"moe.routing.{field}", value, "give a positive number, or null for none")
+    for field in ("jitter", "router_dropout"):
+        value = getattr(r, field)
+        _require(0 <= value < 1, f"moe.routing.{field}", value, "give a number below 1, or 0 for none")
+    if r.temperature:
+        for field in ("start", "end", "steps"):
+            value = getattr(r.temperature, field)
+            _require(value > 0, f"moe.routing.temperature.{field}", value, "give a positive number")
+    _require(
+        r.second_expert_threshold is None or (m.top_k == 2 and m.routed_scaling_factor == 1),
+        "moe.routing.second_expert_threshold",
+        r.second_expert_threshold,
+        "it is for two experts a token with unscaled weights; set top_k: 2 and routed_scaling_factor: 1, or drop it",
+    )
+    _require(
+        not r.dense_training or m.top_k < m.num_experts,
+        "moe.routing.dense_training",
+        True,
+        f"top_k = {m.top_k} are all experts anyway; drop it",
+    )
+    _require(not (m.scaled_input or m.router_logit_bias), "moe.routing", r.choice, _WITHOUT_ROUTING)
+    unused = [field for field in _unused(r) if getattr(r, field)]
+    unused += [field for field in _UNUSED_OF_MOE.get(r.choice, ()) if getattr(m, field)]
+    if m.num_groups > 1 and r.choice != "token":
+        unused.append("num_groups")
+    _require(not unused, "moe.routing.choice", r.choice, f"{', '.join(unused)} would have no effect; drop it")
+
+
+_WITHOUT_ROUTING = "routers with scaled_input or router_logit_bias have the plain one; drop the routing block"
+
+_UNUSED_OF_MOE = {
+    "expert": ("norm_topk_prob", "router_bias"),
+    "sinkhorn": ("router_bias",),
+    "hash": ("norm_topk_prob", "router_bias"),
+}
+
+
+def _unused(r: RoutingConfig) -> list[str]:
+    """Fields that mean nothing beside ``choice`` or ``dense_training``."""
+    limits = ["capacity_factor", "eval_capacity_factor", "second_expert_threshold"]
+    if r.choice == "expert":
+        return [*limits, "dense_training"]
+    if r.choice == "sinkhorn":
+        return ["dense_training"]
+    if r.choice == "hash":
+        return ["second_expert_threshold", "dense_training", "noise", "jitter", "router_dropout", "temperature"]
+    return limits if r.dense_training else []
 
 
 def _require(holds: bool, field: str, value: Any, fix: str) -> None:

@@ -31,13 +31,23 @@ def checkpoint_dirs() -> list[Path]:
 
 
 def model_names() -> list[str]:
-    """Names of the decoders of the zoo, sorted."""
+    """Names of the decoders that a family holds, sorted."""
     return sorted(path.stem for path in (configs_dir() / "models").glob("*.yaml"))
 
 
 def encoder_decoder_names() -> list[str]:
     """Names of its encoder-decoders, sorted."""
     return sorted(path.stem for path in (configs_dir() / "models" / "encoder_decoder").glob("*.yaml"))
+
+
+def paper_names() -> list[str]:
+    """Names of the decoders that no family holds, sorted: papers describe them, and nobody has published weights."""
+    return sorted(path.stem for path in (configs_dir() / "models" / "papers").glob("*.yaml"))
+
+
+def all_names() -> list[str]:
+    """Names of all models of ``configs``, sorted."""
+    return sorted([*model_names(), *paper_names(), *encoder_decoder_names()])
 
 
 def checkpoints() -> dict[str, Path]:
@@ -51,7 +61,7 @@ def checkpoints() -> dict[str, Path]:
 
 def own_checkpoint(name: str | Path) -> Path | None:
     """Directory of the checkpoint that alone has ``name``: weights of a model of its own, not of one of ``configs``."""
-    return None if str(name) in model_names() else checkpoints().get(str(name))
+    return None if str(name) in (*model_names(), *paper_names()) else checkpoints().get(str(name))
 
 
 def find_spec(name_or_path: str | Path) -> ModelSpec:
@@ -77,10 +87,9 @@ def find_any_spec(name_or_path: str | Path) -> AnySpec:
         if path.suffix not in (".yaml", ".yml"):
             raise ValueError(f"{path}: not a model; give a YAML file, a checkpoint directory or a name of `zoo list`")
         return load_any_spec(path)
-    if str(name_or_path) in model_names():
-        return load_any_spec(configs_dir() / "models" / f"{name_or_path}.yaml")
-    if str(name_or_path) in encoder_decoder_names():
-        return load_any_spec(configs_dir() / "models" / "encoder_decoder" / f"{name_or_path}.yaml")
+    for folder, names in (("", model_names), ("papers", paper_names), ("encoder_decoder", encoder_decoder_names)):
+        if str(name_or_path) in names():
+            return load_any_spec(configs_dir() / "models" / folder / f"{name_or_path}.yaml")
     named = own_checkpoint(name_or_path)
     if named is None:
         raise unknown(name_or_path)
@@ -89,9 +98,7 @@ def find_any_spec(name_or_path: str | Path) -> AnySpec:
 
 def unknown(name: str | Path) -> ValueError:
     """The error that ``name`` is nothing that has a name, with the nearest one and where else to look."""
-    close = difflib.get_close_matches(
-        str(name), [*model_names(), *encoder_decoder_names(), *checkpoints()], n=1, cutoff=0.4
-    )
+    close = difflib.get_close_matches(str(name), [*all_names(), *checkpoints()], n=1, cutoff=0.4)
     hint = f"did you mean {close[0]!r}? " if close else ""
     elsewhere = ""
     if not (_package().parent / "checkpoints").is_dir():  # an installed wheel has none

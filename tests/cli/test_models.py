@@ -12,7 +12,7 @@ from zoo.accounting import count_parameters
 from zoo.cli.main import main
 from zoo.config import load_spec
 from zoo.harness.match import match
-from zoo.registry import configs_dir, encoder_decoder_names, find_spec, model_names
+from zoo.registry import all_names, configs_dir, find_spec
 
 
 def output(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -26,14 +26,14 @@ def json_of(capsys: pytest.CaptureFixture[str], *argv: str) -> Any:
 
 def test_list_shows_every_model(capsys: pytest.CaptureFixture[str]) -> None:
     lines = output(capsys, "list").partition("\n\n")[0].splitlines()
-    assert [line.split()[0] for line in lines[1:]] == sorted([*model_names(), *encoder_decoder_names()])
+    assert [line.split()[0] for line in lines[1:]] == all_names()
     [line] = [line for line in lines if line.startswith("mixtral-8x7b ")]
     assert line.split() == ["mixtral-8x7b", "mixtral", "mistralai/Mixtral-8x7B-v0.1", "46.7B", "12.9B"]
 
 
 def test_list_as_json_is_exact(capsys: pytest.CaptureFixture[str]) -> None:
     models = {model["name"]: model for model in json_of(capsys, "list")["models"]}
-    assert list(models) == sorted([*model_names(), *encoder_decoder_names()])
+    assert list(models) == all_names()
     assert models["mixtral-8x7b"]["total"] == 46_702_792_704
     assert models["mixtral-tiny"]["source"] is None
 

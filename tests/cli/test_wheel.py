@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from zoo.registry import encoder_decoder_names, model_names
+from zoo.registry import all_names
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +67,7 @@ def test_the_installed_command_answers_from_another_directory(installed: Path, t
     where = run(installed, tmp_path, "python", "-c", "import zoo; print(zoo.__file__)")
     assert where.startswith(str(installed.parent))
     listed = run(installed, tmp_path, "zoo", "list")
-    assert [line.split()[0] for line in listed.splitlines()[1:]] == sorted([*model_names(), *encoder_decoder_names()])
+    assert [line.split()[0] for line in listed.splitlines()[1:]] == all_names()
     assert "46,702,792,704" in run(installed, tmp_path, "zoo", "card", "mixtral-8x7b")
     assert "zoo fit --config" in run(installed, tmp_path, "zoo", "fit", "--help")
 

@@ -20,7 +20,7 @@ import pytest
 from zoo.config import ModelConfig
 from zoo.encoder_decoder_config import EncoderDecoderConfig
 from zoo.families import ENCODER_DECODERS, FAMILIES
-from zoo.registry import encoder_decoder_names, find_any_spec, model_names
+from zoo.registry import all_names, find_any_spec
 
 TOP_LEVEL = {".ci", "checkpoints", "configs", "docs", "evaluation", "scripts", "tests", "zoo"}
 
@@ -73,8 +73,7 @@ def test_blocks_name_no_family(repository: Path) -> None:
 
 
 def test_no_block_has_an_option_that_no_config_uses() -> None:
-    models = [*model_names(), *encoder_decoder_names()]
-    used = {option for name in models for option in options(find_any_spec(name).model)}
+    used = {option for name in all_names() for option in options(find_any_spec(name).model)}
     declared = {
         (block.__name__, field.name, choice)
         for block in blocks_of(ModelConfig) | blocks_of(EncoderDecoderConfig)

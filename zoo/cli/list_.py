@@ -23,9 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from zoo.cli.text import columns
-    from zoo.registry import checkpoints, encoder_decoder_names, model_names
+    from zoo.registry import all_names, checkpoints
 
-    models = [_model(name) for name in sorted([*model_names(), *encoder_decoder_names()])]
+    models = [_model(name) for name in all_names()]
     trained = [_checkpoint(name, directory) for name, directory in checkpoints().items()]
     if args.json:
         print(json.dumps({"models": models, "checkpoints": trained}, indent=2))

@@ -38,7 +38,7 @@ from zoo.harness.statistics import Array, align, bootstrap
 from zoo.harness.study import Study, load_study
 from zoo.harness.suites.dataset import MIRROR
 from zoo.harness.summary import SKILLS
-from zoo.registry import RELEASE_FILE, model_names, read_json
+from zoo.registry import RELEASE_FILE, all_names, read_json
 from zoo.tokenizer import Tokenizer
 from zoo.training.run import environment
 from zoo.weights.loading import load
@@ -112,7 +112,7 @@ def release(study_directory: Path, model: str, out: Path, *, seed: int, dtype: s
     run = _finished_run(study_directory, model, seed)
     if dtype not in DTYPES:
         raise ValueError(f"dtype = {dtype!r}: use one of {', '.join(DTYPES)}")
-    if not _NAME.fullmatch(out.name) or out.name in model_names():
+    if not _NAME.fullmatch(out.name) or out.name in all_names():
         raise ValueError(f"{out}: its name must be of small letters, digits, '.' and '-', and none of configs/models")
     spec = replace(load_spec(run.checkpoint / CONFIG_FILE), name=out.name)
     with new_directory(out) as aside:

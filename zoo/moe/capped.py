@@ -5,13 +5,16 @@ Shapes: B batch, S sequence, T = B·S tokens, D model, F FFN, E experts, N route
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.config import MoEConfig
-from zoo.moe.dispatch import Dispatcher, LocalDispatcher
+from zoo.moe.dispatch import Dispatcher, KeptDispatcher
 from zoo.moe.router import Router, RouterOutput
+from zoo.moe.selection import within_capacity
 
 
 class CappedMoE(nn.Module):
@@ -34,20 +37,17 @@ class CappedMoE(nn.Module):
         self.capacity = capacity
         self.router = Router(hidden_size, top_1)
         self.experts = ReLUExperts(num_experts, hidden_size, intermediate_size)
-        self.dispatcher: Dispatcher = LocalDispatcher()
+        self.dispatcher: Dispatcher = KeptDispatcher()
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, RouterOutput]:
         """x [B, S, D], valid [B, S] bool with False for padding → ([B, S, D], the routing of all T tokens)."""
         tokens = x.flatten(0, 1)
         routing = self.router(tokens)
         kept = within_capacity(routing.experts.view(x.shape[:2]), routing.scores.shape[-1], self.capacity, valid)
-        index = kept.flatten().nonzero().flatten()
-        taken = RouterOutput(
-            routing.logits[index], routing.scores[index], routing.weights[index], routing.experts[index]
-        )
-        rows, counts, state = self.dispatcher.dispatch(tokens[index], taken)
-        out = self.dispatcher.combine(self.experts(rows, counts), state)
-        return torch.zeros_like(tokens).index_copy(0, index, out.to(tokens.dtype)).view_as(x), routing
+        kept = kept.view(-1, 1)
+        routing = replace(routing, weights=routing.weights.masked_fill(~kept, 0), kept=kept)
+        rows, counts, state = self.dispatcher.dispatch(tokens, routing)
+        return self.dispatcher.combine(self.experts(rows, counts), state).view_as(x), routing
 
 
 class ReLUExperts(nn.Module):
@@ -68,22 +68,3 @@ class ReLUExperts(nn.Module):
                 for x, up, down in zip(parts, self.up.unbind(), self.down.unbind(), strict=True)
             ]
         )
-
-
-def within_capacity(experts: Tensor, num_experts: int, capacity: int, valid: Tensor | None) -> Tensor:
-    """Which tokens find a place, in the order in which they stand in their sequence.
-
-    Args:
-        experts: [B, S] int64, the one expert that each token chose.
-        num_experts: E.
-        capacity: tokens of one sequence that an expert takes.
-        valid: [B, S] bool, False for padding, which takes no place and has none.
-
-    Returns:
-        [B, S] bool.
-    """
-    chosen = F.one_hot(experts, num_experts)
-    if valid is not None:
-        chosen = chosen * valid.unsqueeze(-1)
-    place = (chosen.cumsum(dim=1) * chosen).sum(dim=-1)
-    return (place > 0) & (place <= capacity)

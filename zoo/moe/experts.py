@@ -51,13 +51,36 @@ class Experts(nn.Module):
         """The same with ``weights`` in place of the parameters: those of some experts, perhaps."""
         gate_up, down = weights
         way = experts_grouped if grouped_applies(rows, down) else experts_split
-        return way(rows, counts, gate_up, down, self.activation)
+        return way(rows, counts, gate_up, down, self.gate)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """What the pre-activations of the gate become."""
+        return self.activation(x)
 
 
 class GEGLUExperts(Experts):
     """E GEGLU networks: as ``Experts``, with the tanh form of GELU (arXiv 2002.05202, equation 5)."""
 
     activation = staticmethod(gelu_tanh)
+
+
+class DropoutExperts(Experts):
+    """As ``Experts`` with this activation, and dropout of what enters ``down`` (arXiv 2101.03961, section 2.4)."""
+
+    def __init__(
+        self, num_experts: int, hidden_size: int, intermediate_size: int, activation: Activation, rate: float
+    ) -> None:
+        super().__init__(num_experts, hidden_size, intermediate_size)
+        self.activation = activation
+        self.rate = rate
+
+    def mixes(self, x: Tensor) -> bool:
+        """See ``Experts``; the blocks drop nothing."""
+        return not self.training and super().mixes(x)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """See ``Experts``. What is dropped of one factor of a product is dropped of the product."""
+        return F.dropout(self.activation(x), self.rate, self.training)
 
 
 def experts_loop(

@@ -15,8 +15,9 @@ from zoo.layers.ffn import GATED
 from zoo.layers.sequence import SequenceLayout
 from zoo.moe.clamped import ClampedExperts
 from zoo.moe.dispatch import Dispatcher, KeptDispatcher, LocalDispatcher
-from zoo.moe.experts import Experts, GEGLUExperts
-from zoo.moe.router import BiasedRouter, Router, RouterOutput
+from zoo.moe.experts import DropoutExperts, Experts, GEGLUExperts
+from zoo.moe.router import RouterOutput
+from zoo.moe.routers import make_router
 
 
 class MoE(nn.Module):
@@ -26,7 +27,7 @@ class MoE(nn.Module):
         super().__init__()
         moe = config.moe
         assert moe is not None
-        self.router = (BiasedRouter if moe.router_logit_bias else Router)(config.hidden_size, moe)
+        self.router = make_router(config.hidden_size, moe)
         self.experts = _experts(config)
         self.shared_experts = (
             GATED[config.ffn](config.hidden_size, moe.num_shared_experts * moe.moe_intermediate_size)
@@ -54,7 +55,8 @@ class MoE(nn.Module):
         if self.dispatcher is None and self.experts.mixes(tokens):
             mixed: Tensor = self.experts(tokens, routing)
             return mixed
-        dispatcher = self.dispatcher or (LocalDispatcher() if routing.kept is None else KeptDispatcher())
+        local: Dispatcher = LocalDispatcher() if routing.kept is None else KeptDispatcher()
+        dispatcher = self.dispatcher or local
         rows, counts, state = dispatcher.dispatch(tokens, routing)
         return dispatcher.combine(self.experts(rows, counts), state)
 
@@ -85,4 +87,5 @@ def _experts(config: ModelConfig) -> Experts:
     sizes = (moe.num_experts, config.hidden_size, moe.moe_intermediate_size)
     if moe.swiglu_limit is not None:
         return ClampedExperts(*sizes, moe.swiglu_limit)
-    return {"swiglu": Experts, "geglu": GEGLUExperts}[config.ffn](*sizes)
+    kind = {"swiglu": Experts, "geglu": GEGLUExperts}[config.ffn]
+    return DropoutExperts(*sizes, kind.activation, moe.expert_dropout) if moe.expert_dropout else kind(*sizes)

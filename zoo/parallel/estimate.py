@@ -76,6 +76,12 @@ class Workload:
                 f"mtp_depth = {self.config.mtp_depth}: memory and time of MTP modules are not estimated; plan the "
                 "model without them (mtp_depth: 0), and leave them a part of the memory"
             )
+        moe = self.config.moe
+        if self.config.dropout or (moe is not None and (moe.routing is not None or moe.expert_dropout)):
+            raise ValueError(
+                "moe.routing, dropout: memory and time are estimated of plain token choice without dropout; plan the "
+                "model without them, or choose a plan and its sizes by hand"
+            )
         if self.sequence_length > self.config.max_position_embeddings:
             raise ValueError(
                 f"sequence_length = {self.sequence_length}: the model has positions up to "

@@ -119,7 +119,8 @@ class Pipeline:
 
     def routers(self) -> list[Router]:
         """Of this rank's stages, in order."""
-        return [moe.router for stage in self.stages.values() for _, moe in moe_layers(stage)]
+        found = (moe.router for stage in self.stages.values() for _, moe in moe_layers(stage))
+        return [router for router in found if isinstance(router, Router)]
 
     def step(self, batch: Batch, token_loss: TokenLoss, router_loss: RouterLoss | None = None) -> PipelineStep:
         """Forward and backward pass of ``batch``; gradients add to those that are there. Every rank calls it.

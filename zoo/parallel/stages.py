@@ -61,7 +61,8 @@ def cut(model: Decoder, layers: range) -> Decoder:
     """Take out of ``model`` what does not belong to the stage with ``layers``.
 
     Raises:
-        ValueError: input and output embedding are one matrix, or there are MTP modules: two stages would need the same.
+        ValueError: input and output embedding are one matrix, or there are MTP modules: two stages would need the same;
+            or experts are chosen by the tokens' ids, which only the first stage has.
     """
     config = model.config
     if config.mtp_depth and len(layers) < config.num_layers:
@@ -69,6 +70,8 @@ def cut(model: Decoder, layers: range) -> Decoder:
             f"pipeline: mtp_depth = {config.mtp_depth}: an MTP module needs the embedding of the first stage and the "
             "head of the last; set mtp_depth to 0"
         )
+    if config.moe and config.moe.routing and config.moe.routing.choice == "hash" and len(layers) < config.num_layers:
+        raise ValueError("pipeline: moe.routing.choice = hash: only the first stage has the tokens; use one stage")
     if config.tie_word_embeddings and len(layers) < config.num_layers:
         raise ValueError("pipeline: tie_word_embeddings = true: the first and the last stage would share a matrix")
     for layer in set(range(config.num_layers)).difference(layers):

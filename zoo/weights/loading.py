@@ -13,7 +13,7 @@ from zoo.config import CONFIG_FILE, not_a_decoder, save_spec
 from zoo.encoder_decoder import EncoderDecoder
 from zoo.encoder_decoder_config import AnySpec, load_any_spec
 from zoo.model import Decoder
-from zoo.registry import checkpoints, encoder_decoder_names, find_any_spec, model_names, unknown
+from zoo.registry import all_names, checkpoints, encoder_decoder_names, find_any_spec, unknown
 from zoo.tokenizer import Tokenizer, check_vocab
 from zoo.weights.convert import open_published, open_zoo, published_directory, skeleton, tracked
 from zoo.weights.hub import download, is_hub_id
@@ -108,7 +108,7 @@ def checkpoint_directory(source: str | Path) -> Path:
     named = checkpoints().get(str(source))
     if named is not None:
         return named
-    if str(source) in (*model_names(), *encoder_decoder_names()):
+    if str(source) in all_names():
         hub_id = find_any_spec(source).source
         if hub_id is None:
             raise ValueError(f"{source}: this model has no published weights; train it, or give a checkpoint directory")
