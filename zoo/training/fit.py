@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 
+from zoo.finetune.run import Finetuning, refuse_adapted
 from zoo.parallel import weights as parallel_weights
 from zoo.parallel.plan import plan_names
 from zoo.parallel.strategy import MoEParallelStrategy
@@ -77,6 +78,13 @@ class FitCLI(LightningCLI):
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_class_arguments(MoEParallelStrategy, "parallel", skip={"plan"}, instantiate=False)
         parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("parallel.recompute", "model.recompute")
+        parser.add_argument(
+            "--finetune",
+            type=dict[str, Any] | None,
+            default=None,
+            help="What is trained of a trained model: freeze, train, lora, molora or prefix (docs/finetuning.md).",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse ``args``; mistakes are one line.
@@ -104,8 +112,27 @@ class FitCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Make module, data and trainer."""
-        if not self.run_directory.finished:
-            super().instantiate_classes()
+        if self.run_directory.finished:
+            return
+        super().instantiate_classes()
+        if self.model.checkpoint is not None:
+            refuse_adapted(self.model.checkpoint)
+        if self.config.finetune is not None:
+            self.model.finetuning = self._finetuning(self.config.finetune)
+
+    def _finetuning(self, section: dict[str, Any]) -> Finetuning:
+        """What the ``finetune:`` section asks for.
+
+        Raises:
+            ValueError: a mistake in it, or a model that is spread over processes.
+        """
+        if isinstance(self.trainer.strategy, MoEParallelStrategy):
+            raise ValueError(
+                "finetune: it needs trainer.strategy = auto and one device; a model spread over processes is trained "
+                "as a whole"
+            )
+        module = self.model
+        return Finetuning(section, module.spec, module.checkpoint, bool(module.bias_update_rate))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the loggers and callbacks of every run beside those of the config.
@@ -177,8 +204,13 @@ def fit(argv: list[str]) -> int:
     if cli.config.trainer.fast_dev_run:
         return 0
     assert cli.model.model is not None
+    tokenizer_dir = cli.datamodule.data_dir / TOKENIZER_DIR
+    if cli.model.finetuning is not None:
+        cli.model.finetuning.save(cli.model.model, run.path, run.final, tokenizer_dir)
+        print(f"trained model: {run.final}")
+        return 0
     save = save_model if cli.model.parallel is None else parallel_weights.save_model
-    save(cli.model.model, cli.model.spec, run.final, tokenizer_dir=cli.datamodule.data_dir / TOKENIZER_DIR)
+    save(cli.model.model, cli.model.spec, run.final, tokenizer_dir=tokenizer_dir)
     if run.writes:
         print(f"trained model: {run.final}")
     return 0
@@ -187,23 +219,27 @@ def fit(argv: list[str]) -> int:
 def _join_overrides(argv: list[str], parser: LightningArgumentParser) -> list[str]:
     """``argv`` with all its ``--model.overrides.KEY VALUE`` as one value, merged into that of the configs.
 
-    jsonargparse would let ``--model.overrides.moe.top_k`` replace all that a config says of ``moe``.
+    And so ``--finetune.KEY VALUE``. jsonargparse would let ``--model.overrides.moe.top_k`` replace all that a config
+    says of ``moe``.
     """
-    prefix = "--model.overrides."
-    dotted: list[str] = []
+    dotted: dict[str, list[str]] = {"model.overrides": [], "finetune": []}
     rest: list[str] = []
     left = iter(argv)
     for argument in left:
-        if not argument.startswith(prefix):
+        field = next((field for field in dotted if argument.startswith(f"--{field}.")), None)
+        if field is None:
             rest.append(argument)
             continue
-        key, equals, value = argument.removeprefix(prefix).partition("=")
-        dotted.append(f"{key}={value if equals else next(left, '')}")
-    if not dotted:
+        key, equals, value = argument.removeprefix(f"--{field}.").partition("=")
+        dotted[field].append(f"{key}={value if equals else next(left, '')}")
+    if not any(dotted.values()):
         return argv
-    configured = parser.parse_args([a for a in rest if not a.startswith("--print_config")]).model.overrides
-    merged = OmegaConf.merge(configured or {}, OmegaConf.from_dotlist(dotted))
-    return [*rest, "--model.overrides", json.dumps(OmegaConf.to_container(merged))]
+    configured = parser.parse_args([a for a in rest if not a.startswith("--print_config")])
+    for field, given in dotted.items():
+        if given:
+            merged = OmegaConf.merge(configured[field] or {}, OmegaConf.from_dotlist(given))
+            rest += [f"--{field}", json.dumps(OmegaConf.to_container(merged))]
+    return rest
 
 
 def _listed(value: Any) -> list[Any]:

@@ -20,7 +20,7 @@ from zoo.weights.hub import download, is_hub_id
 from zoo.weights.ops import Copies, Op, Region, Shape, source_shapes
 from zoo.weights.quantized import published_source
 from zoo.weights.source import TensorSource, check_copy, check_tensors, refuse_pickle
-from zoo.weights.target import MAX_SHARD_BYTES, copy_tokenizer, new_directory, write_tensors
+from zoo.weights.target import ADAPTER_FILE, MAX_SHARD_BYTES, copy_tokenizer, new_directory, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -126,6 +126,8 @@ def export_checkpoint(
     directory = Path(source)
     if not (directory / CONFIG_FILE).is_file():
         raise ValueError(f"{directory}: no {CONFIG_FILE} in it; give a zoo checkpoint directory")
+    if (directory / ADAPTER_FILE).is_file():
+        raise ValueError(f"{directory}: its adapter cannot be merged, and no published layout has a place for it")
     spec = load_any_spec(directory / CONFIG_FILE)
     ops = exporting_family(spec).weight_map(spec.model)
     with open_zoo(directory, spec.model) as tensors:

@@ -17,7 +17,7 @@ from zoo.registry import all_names, checkpoints, encoder_decoder_names, find_any
 from zoo.tokenizer import Tokenizer, check_vocab
 from zoo.weights.convert import open_published, open_zoo, published_directory, skeleton, tracked
 from zoo.weights.hub import download, is_hub_id
-from zoo.weights.target import MAX_SHARD_BYTES, copy_tokenizer, new_directory, write_tensors
+from zoo.weights.target import ADAPTER_FILE, MAX_SHARD_BYTES, copy_tokenizer, new_directory, write_tensors
 
 
 def load(
@@ -41,11 +41,16 @@ def load(
             encoder-decoder.
     """
     _expect_decoder(source)
-    with _opened(source, dtype, progress) as (spec, tensors):
+    directory = checkpoint_directory(source)
+    with _opened(directory, dtype, progress) as (spec, tensors):
         model = skeleton(spec.model)
         if not isinstance(model, Decoder):
             raise not_a_decoder(source)
         _fill(model, tensors, dtype, device)
+    if (directory / ADAPTER_FILE).is_file():
+        from zoo.finetune.adapter import attach
+
+        attach(model, directory)
     return model
 
 

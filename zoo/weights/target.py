@@ -29,6 +29,9 @@ HEADER_MARGIN, ENTRY_MARGIN = 64, 256
 
 SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
+ADAPTER_FILE = "adapter.yaml"
+"""Beside the weights of a checkpoint: an adapter that no weights can express (``zoo/finetune/adapter.py``)."""
+
 TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
