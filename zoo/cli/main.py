@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": ("zoo.cli.generate", "continue a prompt"),
     "eval": ("zoo.cli.eval", "score a checkpoint on lm-eval tasks"),
     "compare": ("zoo.cli.compare", "train and evaluate the models of a study, write a report"),
+    "claims": ("zoo.cli.claims", "put claims of the literature to the test"),
     "release": ("zoo.cli.release", "make a checkpoint of the zoo from a model of a finished study"),
     "match": ("zoo.cli.match", "find the dense twin of a sparse model"),
     "list": ("zoo.cli.list_", "list the models of the zoo"),

@@ -14,11 +14,14 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
-from typing import IO
+from typing import IO, TypeVar
+
+T = TypeVar("T")
 
 _POLL_SECONDS = 0.01, 0.2
 """Between looks at a command, at first and at most: the pause doubles."""
@@ -74,6 +77,18 @@ def run_command(
         assert process.stdin is not None
         process.stdin.close()
     return None if stop.is_set() else Ended(code, time.monotonic() - began, peak)
+
+
+def side_by_side(do: Callable[[T], None], runs: Sequence[T], jobs: int, stop: Event) -> None:
+    """``do`` every run in turn, ``jobs`` of them at a time; ``stop`` is set where one fails."""
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(do, run) for run in runs]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            stop.set()  # the others end now, and go on when the study does
+            raise
 
 
 def _forward(lines: IO[str], name: str) -> None:

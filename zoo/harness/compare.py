@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event
@@ -32,7 +31,7 @@ from zoo.config import save_spec
 from zoo.config_reading import load_yaml, to_dict
 from zoo.files import write_text
 from zoo.harness import facts, task_text
-from zoo.harness.child import run_command
+from zoo.harness.child import run_command, side_by_side
 from zoo.harness.entries import Model
 from zoo.harness.measurement import Measurement, Point
 from zoo.harness.snapshots import Snapshots, seconds_file, snapshot_directory
@@ -232,19 +231,7 @@ def _train_all(study: Study, runs: Sequence[Run], data: Path, notify: Notify, jo
             notify(f"{run.model.name}, seed {run.seed}: training on {study.training.tokens:,} tokens")
             _train(study, run, data, jobs, stop)
 
-    _side_by_side(train, ordered, jobs, stop)
-
-
-def _side_by_side(do: Callable[[Run], None], runs: Sequence[Run], jobs: int, stop: Event) -> None:
-    """``do`` every run in turn, ``jobs`` of them at a time; ``stop`` is set where one fails."""
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(do, run) for run in runs]
-        try:
-            for future in as_completed(futures):
-                future.result()
-        except BaseException:
-            stop.set()  # the others end now, and go on when the study does
-            raise
+    side_by_side(train, ordered, jobs, stop)
 
 
 def _train(study: Study, run: Run, data: Path, jobs: int, stop: Event) -> None:
@@ -295,7 +282,7 @@ def _measure_all(
             notify(f"{run.model.name}, seed {run.seed}: evaluating {', '.join(study.tasks.all)} at step {at}")
             _measure(_measurement(study, run, steps, data, data_root), jobs, stop)
 
-    _side_by_side(measure, runs, jobs, stop)
+    side_by_side(measure, runs, jobs, stop)
 
 
 def _measurement(study: Study, run: Run, steps: Sequence[int], data: Path, data_root: Path | None) -> Measurement:
