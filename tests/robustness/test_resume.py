@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import multiprocessing
 import os
 import random
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 
+from zoo.parallel.supervise import REQUEUE
 from zoo.training.checkpoint import AtomicCheckpointIO, RandomState
 from zoo.training.fit import fit
 from zoo.training.run import RunDirectory
@@ -31,40 +33,55 @@ def arguments(config: Path, run: Path, *more: str) -> list[str]:
     return ["--config", str(config), "--trainer.default_root_dir", str(run), "--trainer.max_steps", "60", *more]
 
 
-def kill_at_step(argv: list[str], run: Path, step: int, repository: Path) -> None:
-    """Start ``zoo fit`` in a process of its own and kill it as soon as it has logged ``step``."""
+def end_at_step(argv: list[str], run: Path, step: int, number: signal.Signals, repository: Path) -> int:
+    """Start ``zoo fit`` in a process of its own, send it a signal as soon as it has logged ``step``: its exit code."""
     process = subprocess.Popen([sys.executable, "-m", "zoo.cli.main", "fit", *argv], cwd=repository)
     try:
         metrics = run / "metrics.csv"
         while process.poll() is None:
             # The step is the only integer that stands alone between commas.
             if metrics.exists() and f",{step}," in metrics.read_text():
-                process.send_signal(signal.SIGKILL)
+                process.send_signal(number)
                 break
             time.sleep(0.002)
-        assert process.wait(timeout=60) == -signal.SIGKILL, f"the run ended before step {step} was seen"
+        return process.wait(timeout=60)
     finally:
         process.kill()
 
 
 @pytest.mark.parametrize(
-    ("accumulate", "kills"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)], ids=["accumulated", "killed_twice"]
+    ("accumulate", "signals"),
+    [
+        (2, [signal.SIGKILL, signal.SIGTERM]),
+        pytest.param(1, [signal.SIGKILL, signal.SIGUSR1, signal.SIGKILL], marks=pytest.mark.slow),
+    ],
+    ids=["accumulated", "one_micro_batch"],
 )
-def test_a_killed_run_goes_on_as_if_it_had_never_stopped(
-    fit_config: Path, tmp_path: Path, repository: Path, accumulate: int, kills: int
+def test_a_run_that_is_killed_or_told_to_stop_goes_on_as_if_it_had_never_stopped(
+    fit_config: Path, tmp_path: Path, repository: Path, accumulate: int, signals: list[signal.Signals]
 ) -> None:
     more = ("--trainer.accumulate_grad_batches", str(accumulate))
     assert fit(arguments(fit_config, tmp_path / "whole", *more)) == 0
 
     run = tmp_path / "killed"
     argv = arguments(fit_config, run, *more)
-    steps = sorted(random.SystemRandom().sample(range(3, 45), kills))
-    for step in steps:
-        kill_at_step(argv, run, step, repository)
+    steps = sorted(random.SystemRandom().sample(range(3, 45), len(signals)))
+    for step, number in zip(steps, signals, strict=True):
+        code = end_at_step(argv, run, step, number, repository)
+        assert code == (-signal.SIGKILL if number == signal.SIGKILL else REQUEUE), f"the run ended before step {step}"
+        if number != signal.SIGKILL:
+            # All steps that were taken are saved, though the next checkpoint was not due.
+            assert rows(run)[-1] == RunDirectory(run).latest_step >= step
     assert not (run / "final").exists()
     assert fit(argv) == 0
     for name in RESULTS:
-        assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), f"{name}, killed at {steps}"
+        assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), f"{name}, {signals} at {steps}"
+
+
+def rows(run: Path) -> list[int]:
+    """Steps that are logged."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return [int(row["step"]) for row in csv.DictReader(file)]
 
 
 @pytest.fixture
