@@ -191,8 +191,19 @@ def _rows(input_ids: Prompts, attention_mask: Tensor | None) -> list[list[int]]:
     return [row[mask != 0].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
 
 
+def check_causal(model: Decoder) -> None:
+    """Raise ``ValueError`` where tokens depend on later ones, so that nothing is predicted."""
+    moe = model.config.moe
+    if moe is not None and moe.routing is not None and not moe.routing.causal:
+        raise ValueError(
+            f"moe.routing.choice = {moe.routing.choice}: what an expert chooses depends on later tokens, so that this "
+            "model neither generates nor scores; use one in which tokens choose"
+        )
+
+
 def check_request(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Raise ``ValueError`` where ``model`` cannot continue ``prompts`` by so many tokens."""
+    check_causal(model)
     if not prompts:
         raise ValueError("input_ids holds no prompt: give at least one")
     if max_new_tokens < 1:

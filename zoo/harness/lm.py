@@ -24,7 +24,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
-from zoo.generation import Stop, generate
+from zoo.generation import Stop, check_causal, generate
 from zoo.harness.prefixes import Group, Input, batches, grouped, padded
 from zoo.model import Decoder
 from zoo.tokenizer import Tokenizer
@@ -74,6 +74,7 @@ class ZooLM(TemplateLM):
             pretrained, tokenizer = load_with_tokenizer(pretrained, dtype=dtype, device=device)
         if tokenizer is None:
             raise ValueError("no tokenizer is given: a decoder comes without, so give the one that it was trained with")
+        check_causal(pretrained)
         self.model: Decoder = pretrained
         self.tokenizer: Tokenizer = tokenizer
         if not str(batch_size).isdecimal() or int(batch_size) < 1:

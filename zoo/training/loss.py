@@ -25,7 +25,7 @@ from zoo.moe.balance import (
     z_loss,
 )
 from zoo.moe.router import RouterOutput
-from zoo.moe.stats import expert_counts
+from zoo.moe.stats import dropped_fraction, expert_counts
 from zoo.parallel.strategy import MoEParallelStrategy
 from zoo.training.data.packing import IGNORED, PADDING_DOCUMENT
 from zoo.training.ramp import Weight, check_weight, weight_at
@@ -49,6 +49,8 @@ class StepSums:
     z: Tensor
     expert_counts: Tensor
     """[L, E] assignments; L = 0 in a dense model."""
+    dropped: Tensor
+    """Assignments of all layers that found no place in their expert."""
     sent: Tensor
     """[L, G + 1] tokens sent to each device, and all tokens; [L, 0] where no loss asks."""
 
@@ -174,7 +176,7 @@ def micro_batch_sums(
     routing = output.router_outputs
     zero, none = nll.new_zeros(()), count.new_zeros(0, 0)
     if not routing:
-        return StepSums(count, nll, ahead, zero, zero, zero, zero, none, none)
+        return StepSums(count, nll, ahead, zero, zero, zero, zero, none, zero, none)
     tokens = batch["document_ids"] != PADDING_DOCUMENT
     counts = torch.stack([expert_counts(r, tokens) for r in routing])
     devices = objective.balance_devices
@@ -200,6 +202,7 @@ def micro_batch_sums(
         communication_balance=weight * losses[2],
         z=per_token * z_loss(routing, tokens),
         expert_counts=counts,
+        dropped=sum((dropped_fraction(r, tokens) * c.sum() for r, c in zip(routing, counts, strict=True)), zero),
         sent=sent,
     )
 

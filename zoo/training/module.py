@@ -24,6 +24,7 @@ from zoo.config_reading import from_dict, to_dict
 from zoo.families import expressible
 from zoo.finetune.run import Finetuning
 from zoo.model import Decoder, DecoderOutput, build
+from zoo.moe.exploration import set_step
 from zoo.moe.router import Router, update_selection_bias
 from zoo.parallel import grads
 from zoo.parallel.apply import recompute_activations
@@ -183,6 +184,15 @@ class ZooModule(LightningModule):
             recompute_activations(self.model, self.recompute)
         self.model.train()
 
+    def on_fit_start(self) -> None:
+        """Say where the training loss is not that of predicting."""
+        moe = self.spec.model.moe
+        if moe is not None and moe.routing is not None and not moe.routing.causal_in_training:
+            self._say(
+                f"warning: with moe.routing.choice = {moe.routing.choice}, experts of a token depend on later tokens "
+                "while training: the training loss may be too low"
+            )
+
     # -------------------------------------------------------------------------------------------------------------
     # Loss
     # -------------------------------------------------------------------------------------------------------------
@@ -204,6 +214,7 @@ class ZooModule(LightningModule):
         if self.parallel is not None:
             # Lightning's own flag: nothing public says which micro-batch is the last of a step.
             self.parallel.set_last_micro_batch(self.model, not self.trainer.fit_loop._should_accumulate())
+        set_step(self.model, self._steps_taken)
         sums = micro_batch_sums(self.model, self(batch), batch, self.objective, self.parallel, self.step_sums)
         self.step_batches.append(batch)
         detached = sums.map(Tensor.detach)
@@ -288,6 +299,9 @@ class ZooModule(LightningModule):
             "communication_balance_loss": sums.communication_balance if self.objective.balance_devices else None,
             "z_loss": sums.z if self.spec.model.moe else None,
         }
+        moe = self.spec.model.moe
+        if moe and moe.routing and moe.routing.capacity_factor:
+            self.step_metrics["train/dropped_fraction"] = sums.dropped / sums.expert_counts.sum().clamp(min=1)
         self.step_metrics |= {f"train/{name}": term / labels for name, term in shown.items() if term is not None}
 
     def _skip_not_finite(self, name: str) -> None:
