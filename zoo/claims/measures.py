@@ -21,6 +21,7 @@ MEASURES = {
     "load_entropy": "entropy of expert load over the last quarter, 1 = uniform, mean over layers",
     "busiest_load": "load of the busiest expert over the mean, last quarter, mean over layers",
     "dead_experts": "share of experts with less than a tenth of the mean load, last quarter",
+    "dropped_fraction": "share of assignments that no expert had room for, last quarter",
     "router_z": "mean of logsumexp² of the router's logits over the last quarter",
     "step_seconds": "seconds of an optimizer step",
     "memory": "bytes at the peak of a training step: weights, gradients, optimizer state and activations",
@@ -59,8 +60,9 @@ def measure(run_directory: Path) -> dict[str, float]:
         "skipped_steps": _column(rows, "train/skipped_steps")[-1],
         **json.loads((run_directory / PROBE_FILE).read_text(encoding="utf-8")),
     }
-    if z := _column(rows, "train/z_loss"):
-        found["router_z"] = fmean(_last_quarter(z))
+    for name, column in (("router_z", "train/z_loss"), ("dropped_fraction", "train/dropped_fraction")):
+        if values := _column(rows, column):
+            found[name] = fmean(_last_quarter(values))
     if entropy := _of_layers(rows, "entropy"):
         found["load_entropy"] = fmean(entropy)
         found["busiest_load"] = fmean(_of_layers(rows, "max_over_mean"))
