@@ -16,7 +16,10 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 WIDTH = 4.0
 """Inches of every figure, 384 pixels of a page: so wide is a telephone, where text must not shrink. A page with more
@@ -130,6 +133,39 @@ def legend(figure: Figure, names: Sequence[str]) -> None:
     """A legend above the axes, in two columns where the names leave room for that."""
     columns = 2 if max(map(len, names)) <= 16 else 1
     figure.legend(loc="outside upper left", ncols=columns)
+
+
+def heat_map(
+    figure: Figure,
+    panels: Sequence[Axes],
+    tables: Sequence[Sequence[Sequence[float]]],
+    names: Sequence[str] | None,
+    label: str = "load ÷ mean load",
+    limits: tuple[float, float] | None = None,
+) -> None:
+    """One table [rows][experts] a panel, all in the same colours, with the numbers where there is room for them.
+
+    What is not a number stays empty.
+
+    Args:
+        names: of the rows; ``None``: they are numbered.
+        label: of the colours.
+        limits: what the colours go from and to; by default from 0 to the highest value, or 2.
+    """
+    low, high = limits or (0.0, max(2.0, np.nanmax(tables)))
+    for axes, table in zip(panels, tables, strict=True):
+        image = axes.imshow(table, cmap="viridis", vmin=low, vmax=high, aspect="auto")
+        if names is None:
+            axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+        else:
+            axes.set_yticks(range(len(names)), names)
+        colours: Any = image.to_rgba(np.array(table))
+        for row, column in np.ndindex(*np.shape(table)) if len(table[0]) <= 8 and len(panels) == 1 else ():
+            text = "" if np.isnan(table[row][column]) else f"{table[row][column]:.1f}"
+            axes.text(column, row, text, ha="center", va="center", color=readable_on(colours[row, column]))
+    panels[-1].set(xlabel="expert")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    figure.colorbar(image, ax=list(panels), label=label, location="bottom", aspect=30, ticks=MaxNLocator(5))
 
 
 def readable_on(colour: Sequence[float]) -> str:

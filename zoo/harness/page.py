@@ -1,4 +1,4 @@
-"""A study's report as one HTML page that needs no other file and no network, from 400 to 1400 pixels wide."""
+"""A report as one HTML page that needs no other file and no network, from 400 to 1400 pixels wide."""
 
 from __future__ import annotations
 
@@ -17,15 +17,45 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def html(report: Mapping[str, Any], drawn: Sequence[Plot], config: str) -> str:
-    """The page.
+    """The page of a study.
 
     Args:
         drawn: the figures of ``report``.
         config: the study as YAML.
     """
-    title = escape(f"{report['study']}: sparse against dense")
-    lead, *others = report["headline"]
-    parts = [(s, [plot for plot in drawn if plot.section == s.name]) for s in sections(report)]
+    return page(
+        f"{report['study']}: sparse against dense",
+        report["headline"],
+        sections(report),
+        drawn,
+        reading(report),
+        provenance(report),
+        f"<details><summary>The study</summary><pre>{escape(config)}</pre></details>",
+    )
+
+
+def page(
+    title: str,
+    headline: Sequence[str],
+    contents: Sequence[Section],
+    drawn: Sequence[Plot],
+    how_to_read: str,
+    origin: Sequence[tuple[str, str]],
+    details: str = "",
+) -> str:
+    """Any page of this kind.
+
+    Args:
+        title: plain text, as all else but ``details``.
+        headline: sentences; the first stands out.
+        contents: sections in order; one without a table and without a figure is left out.
+        drawn: figures, each with the name of its section.
+        how_to_read: a paragraph.
+        origin: names and values of how it was made.
+        details: HTML after these.
+    """
+    lead, *others = headline
+    parts = [(s, [plot for plot in drawn if plot.section == s.name]) for s in contents]
     parts = [(section, figures) for section, figures in parts if section.tables or figures]
     links = [(s.name, s.title) for s, _ in parts] + [("reading", "How to read this"), ("making", "How it was made")]
     return "\n".join(
@@ -35,17 +65,17 @@ def html(report: Mapping[str, Any], drawn: Sequence[Plot], config: str) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
             '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">',
-            f"<title>{title}</title><style>{_style()}</style></head><body>",
-            f'<header><h1>{title}</h1><p class="lead">{escape(lead)}</p>',
+            f"<title>{escape(title)}</title><style>{_style()}</style></head><body>",
+            f'<header><h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>',
             "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in others) + "</ul>",
             "<nav>"
             + " ".join(f'<a href="#{name}">{escape(text)}</a>' for name, text in links)
             + "</nav></header><main>",
             *(_section(section, figures) for section, figures in parts),
-            f'<section id="reading"><h2>How to read this</h2><p>{escape(reading(report))}</p></section>',
+            f'<section id="reading"><h2>How to read this</h2><p>{escape(how_to_read)}</p></section>',
             '<section id="making"><h2>How it was made</h2><dl>',
-            *(f"<dt>{escape(name)}</dt><dd>{_value(name, value)}</dd>" for name, value in provenance(report)),
-            f"</dl><details><summary>The study</summary><pre>{escape(config)}</pre></details></section>",
+            *(f"<dt>{escape(name)}</dt><dd>{_value(name, value)}</dd>" for name, value in origin),
+            f"</dl>{details}</section>",
             "</main></body></html>",
             "",
         ]

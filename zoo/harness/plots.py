@@ -19,10 +19,10 @@ from zoo.harness.drawing import (
     WIDTH,
     Plot,
     finish,
+    heat_map,
     legend,
     looks,
     plt,
-    readable_on,
     wrapped,
 )
 from zoo.harness.headline import SKILLS, held_equal
@@ -172,7 +172,7 @@ def expert_load(model: Mapping[str, Any]) -> Plot:
     """Load of each expert by layer, on the validation text."""
     load = model["expert_load"]
     figure, axes = plt.subplots(figsize=(WIDTH, 0.26 * len(load) + 1.5))
-    _heat_map(figure, [axes], [_relative(load)], [str(i) for i in range(len(load))])
+    heat_map(figure, [axes], [_relative(load)], [str(i) for i in range(len(load))])
     axes.set(ylabel="MoE layer")
     rows: list[list[Any]] = [["layer", "expert", "share"]]
     rows += [[i, j, share] for i, layer in enumerate(load) for j, share in enumerate(layer)]
@@ -188,7 +188,7 @@ def task_load(model: Mapping[str, Any]) -> Plot:
     height = (0.26 * len(load) + 0.3) * len(shown) + 1.2
     figure, panels = plt.subplots(len(shown), 1, figsize=(WIDTH, height), sharex=True, squeeze=False)
     tables = [[_relative(of_task)[layer] for of_task in load.values()] for layer in shown]
-    _heat_map(figure, list(panels[:, 0]), tables, list(load))
+    heat_map(figure, list(panels[:, 0]), tables, list(load))
     for layer, axes in zip(shown, panels[:, 0], strict=True):
         axes.set_title(f"MoE layer {layer}", fontsize=STYLE["font.size"], loc="left")
     rows: list[list[Any]] = [["task", "layer", "expert", "share"]]
@@ -202,25 +202,6 @@ def task_load(model: Mapping[str, Any]) -> Plot:
 def _relative(load: Sequence[Sequence[float]]) -> list[list[float]]:
     """Shares times the number of experts: 1 is balanced."""
     return [[share * len(layer) for share in layer] for layer in load]
-
-
-def _heat_map(
-    figure: Figure, panels: Sequence[Axes], tables: Sequence[list[list[float]]], names: Sequence[str]
-) -> None:
-    """One table [rows][experts] a panel, all in the same colours, with the numbers where there is room for them."""
-    highest = max(2.0, *(value for table in tables for row in table for value in row))
-    for axes, table in zip(panels, tables, strict=True):
-        image = axes.imshow(table, cmap="viridis", vmin=0, vmax=highest, aspect="auto")
-        axes.set_yticks(range(len(names)), names)
-        colours: Any = image.to_rgba(np.array(table))
-        for row, column in np.ndindex(*np.shape(table)) if len(table[0]) <= 8 and len(panels) == 1 else ():
-            text = f"{table[row][column]:.1f}"
-            axes.text(column, row, text, ha="center", va="center", color=readable_on(colours[row, column]))
-    panels[-1].set(xlabel="expert")
-    panels[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    figure.colorbar(
-        image, ax=list(panels), label="load ÷ mean load", location="bottom", aspect=30, ticks=MaxNLocator(5)
-    )
 
 
 def _rows(labels: Sequence[str], extra: float) -> tuple[Figure, Axes, list[float]]:
