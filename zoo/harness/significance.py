@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from scipy.stats import binom, binomtest
 
 from zoo.harness.statistics import Array
+
+Key = TypeVar("Key", bound=Hashable)
 
 SIGNIFICANCE = 0.05
 """Largest p-value, after correction for the number of tasks, at which a task counts as told apart."""
@@ -70,7 +73,7 @@ def combine(p_values: Sequence[float]) -> float:
     return min(1.0, sorted(p_values)[rank - 1] * len(p_values) / rank)
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
     """Adjusted p-values: those at most α are rejected together, with a chance of at most α that any is wrong.
 
     Holm (1979), in the step-down form that R's ``p.adjust`` has.

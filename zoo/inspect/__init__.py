@@ -1,0 +1,1 @@
+"""Seeing the router: what experts get, and what for."""
