@@ -27,6 +27,7 @@ COMMANDS = {
     "match": ("zoo.cli.match", "find the dense twin of a sparse model"),
     "list": ("zoo.cli.list_", "list the models of the zoo"),
     "plan": ("zoo.cli.plan", "how to spread a model over GPUs: memory, traffic and time of every layout"),
+    "inspect": ("zoo.cli.inspect", "what the routers of a sparse model do with a text"),
     "card": ("zoo.cli.card", "sizes and costs of a model, from its config alone"),
     "diff": ("zoo.cli.diff", "how two architectures differ, as a table"),
     "bench": ("zoo.cli.bench", "our times beside those of peers and of the limit"),
