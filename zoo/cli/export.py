@@ -1,8 +1,14 @@
-"""``zoo export``: a zoo checkpoint goes back into the layout that its family is published in."""
+"""``zoo export``: checkpoints go back into the layout that their family is published in, adapters into that of PEFT."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from zoo.finetune.peft import PeftExport
+    from zoo.weights.convert import Conversion
 
 EXAMPLE = """example:
   zoo export checkpoints/mixtral-tiny exported/mixtral-tiny
@@ -11,16 +17,29 @@ EXAMPLE = """example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Convert a zoo checkpoint into config.json and safetensors that transformers loads."
+    parser.description = (
+        "Convert a zoo checkpoint into config.json and safetensors that transformers loads, or an adapter directory of "
+        "`zoo fit` into one that peft loads."
+    )
     parser.epilog = EXAMPLE
-    parser.add_argument("source", metavar="CKPT", help="zoo checkpoint directory")
+    parser.add_argument("source", metavar="CKPT", help="zoo checkpoint directory, or adapter directory")
     parser.add_argument("out", metavar="HFDIR", help="directory to make; it must not exist")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    from zoo.weights.convert import export_checkpoint
+    from zoo.config import CONFIG_FILE
+    from zoo.weights.target import ADAPTER_FILE
 
-    result = export_checkpoint(args.source, args.out, progress=not args.json)
+    source = Path(args.source)
+    result: PeftExport | Conversion
+    if (source / ADAPTER_FILE).is_file() and not (source / CONFIG_FILE).is_file():
+        from zoo.finetune.peft import export_peft
+
+        result = export_peft(source, args.out)
+    else:
+        from zoo.weights.convert import export_checkpoint
+
+        result = export_checkpoint(source, args.out, progress=not args.json)
     print(result.as_json() if args.json else result.as_text())
     return 0

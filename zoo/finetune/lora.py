@@ -173,7 +173,7 @@ class AdaptedExperts(nn.Module):
         if clamped is not None:
             both = both + _of_rows(clamped.gate_up_bias.flatten(1), counts, rows)
         gate, up = both.chunk(2, dim=-1)
-        inner = base.activation(gate) * up if clamped is None else clamped_swiglu(gate, up, clamped.limit)
+        inner = base.gate(gate) * up if clamped is None else clamped_swiglu(gate, up, clamped.limit)
         out: Tensor = self.down_adapter(inner, grouped_linear(inner, down, counts), down, counts)
         return out if clamped is None else out + _of_rows(clamped.down_bias, counts, rows)
 
