@@ -17,6 +17,7 @@ from typing import Any, Protocol
 SENTENCEPIECE_FILE = "tokenizer.model"
 HF_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
 
 
 _KEEP_SPACES = b"\x1a\x02\x20\x00"
@@ -31,6 +32,7 @@ class _Backend(Protocol):
     vocab_size: int
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def token_to_id(self, token: str) -> int | None: ...
     def id_to_token(self, token_id: int) -> str: ...
@@ -58,6 +60,10 @@ class _SentencePiece:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         # num_threads=1: the default takes every core of the machine.
         return self._model.encode(list(texts), out_type=int, num_threads=1)
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoding = self._model.encode(text, return_type="offset_mapping")
+        return encoding["ids"], encoding["offsets"]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode(list(ids))
@@ -94,6 +100,10 @@ class _HFTokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoding = self._model.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode(list(ids), skip_special_tokens=True)
@@ -142,13 +152,14 @@ class Tokenizer:
         self.eos_id = special.eos_id
         self.add_bos = special.add_bos
         self.add_eos = special.add_eos
+        self.chat_template = _chat_template(files)
 
     @classmethod
     def load(cls, source: str | Path) -> Tokenizer:
         """Read a tokenizer file, or a directory that holds ``tokenizer.json`` or ``tokenizer.model``.
 
         Of the two, ``tokenizer.json`` goes first, as in transformers. The ``tokenizer_config.json`` beside the file
-        names the special tokens.
+        names the special tokens, and a ``chat_template.jinja`` goes before the chat template in it.
 
         Raises:
             FileNotFoundError: no such file or directory.
@@ -171,6 +182,9 @@ class Tokenizer:
             special = _special_of_sentencepiece(backend, config, config_path)
         files = {backend.file_name: data}
         files[CONFIG_FILE] = config_path.read_bytes() if configured else _default_config(backend, special)
+        template_path = path.parent / TEMPLATE_FILE
+        if path.name in (HF_FILE, SENTENCEPIECE_FILE) and template_path.is_file():
+            files[TEMPLATE_FILE] = template_path.read_bytes()
         return cls(backend, special, files)
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
@@ -191,6 +205,14 @@ class Tokenizer:
         tail = [self.eos_id] if eos and self.eos_id is not None else []
         encoded = self._backend.encode(texts)
         return [head + ids + tail for ids in encoded] if head or tail else encoded
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of ``text`` as ``encode`` gives them, and the characters, from and to, that each stands for."""
+        return self._backend.encode_with_offsets(text)
+
+    def with_chat_template(self, template: str) -> Tokenizer:
+        """The same with another chat template."""
+        return Tokenizer(self._backend, self._special, {**self._files, TEMPLATE_FILE: template.encode()})
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; special tokens are left out.
@@ -313,6 +335,20 @@ def _configured_id(backend: _Backend, config: dict[str, Any], key: str, where: P
             f"{where}: {key} = {token!r} is not in the vocabulary of {backend.file_name}; correct the name"
         )
     return token_id
+
+
+def _chat_template(files: dict[str, bytes]) -> str | None:
+    """The template of a file of its own or of the configuration, which may hold several, one named ``default``."""
+    if TEMPLATE_FILE in files:
+        try:
+            return files[TEMPLATE_FILE].decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{TEMPLATE_FILE}: not UTF-8: {error}") from None
+    template = json.loads(files[CONFIG_FILE]).get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
 
 
 def _content(token: Any) -> str | None:

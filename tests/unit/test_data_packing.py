@@ -20,13 +20,19 @@ VOCAB = 50
 DOCUMENTS = st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12), min_size=1, max_size=12)
 
 
-def write_split(directory: Path, documents: list[list[int]], vocab_size: int = VOCAB) -> TokenSplit:
+def write_split(
+    directory: Path, documents: list[list[int]], vocab_size: int = VOCAB, answers: list[list[bool]] | None = None
+) -> TokenSplit:
     """A data directory whose train split holds ``documents``, written from the format's description alone."""
     tokens = np.array([t for d in documents for t in d], "<u2")
     (directory / "train.bin").write_bytes(tokens.tobytes())
     offsets = np.array([0, *itertools.accumulate(len(d) for d in documents)], OFFSET_DTYPE)
     (directory / "train.offsets").write_bytes(offsets.tobytes())
     train = {"tokens": len(tokens), "documents": len(documents), "sha256": "", "offsets_sha256": ""}
+    if answers is not None:
+        mask = np.array([a for d in answers for a in d], "u1")
+        (directory / "train.mask").write_bytes(mask.tobytes())
+        train |= {"answers": int(mask.sum()), "mask_sha256": ""}
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -89,6 +95,56 @@ def test_a_damaged_token_is_named_when_it_is_read(tmp_path: Path) -> None:
     assert dataset[0]["input_ids"].tolist() == [1, 2]
     with pytest.raises(ValueError, match=r"token id 40 near position 2 of train.bin is outside the vocabulary of 40"):
         dataset[1]
+
+
+CONVERSATIONS = st.lists(
+    st.lists(st.tuples(st.integers(0, VOCAB - 1), st.booleans()), min_size=1, max_size=12), min_size=1, max_size=12
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(conversations=CONVERSATIONS, sequence_length=st.integers(1, 20))
+def test_of_instructions_every_answer_is_a_label_once_and_nothing_else_ever(
+    tmp_path_factory: pytest.TempPathFactory, conversations: list[list[tuple[int, bool]]], sequence_length: int
+) -> None:
+    documents = [[token for token, _ in document] for document in conversations]
+    answers = [[answer for _, answer in document] for document in conversations]
+    dataset = PackedDataset(write_split(tmp_path_factory.mktemp("split"), documents, answers=answers), sequence_length)
+    windows = [dataset[w] for w in range(len(dataset))]
+    inputs, labels, ids = (torch.stack([w[k] for w in windows]) for k in ("input_ids", "labels", "document_ids"))
+    there = ids != PADDING_DOCUMENT
+    stream = [(token, number) for number, document in enumerate(documents) for token in document]
+    assert list(zip(inputs[there].tolist(), ids[there].tolist(), strict=True)) == stream
+    assert (labels[~there] == IGNORED).all()
+    expected = [[*(t if a else IGNORED for t, a in document[1:]), IGNORED] for document in conversations]
+    assert labels[there].tolist() == list(itertools.chain(*expected))
+    # What fits into a window is in one, and a longer document begins one.
+    assert dataset.cut == sum(len(document) > sequence_length for document in documents)
+    for number, document in enumerate(documents):
+        places = (ids == number).nonzero()
+        needed = -(-len(document) // sequence_length)
+        assert len(places[:, 0].unique()) == needed
+        assert needed == 1 or places[0, 1] == 0
+    assert (there.sum(dim=1) > 0).all()
+
+
+def test_windows_of_instructions_end_with_a_conversation(tmp_path: Path) -> None:
+    documents = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11, 12], [13]]
+    answers = [[False, True, True], [False, True], [False] * 5 + [True] * 2, [True]]
+    dataset = PackedDataset(write_split(tmp_path, documents, answers=answers), 5)
+    assert [dataset[w]["input_ids"].tolist() for w in range(3)] == [
+        [1, 2, 3, 4, 5],
+        [6, 7, 8, 9, 10],
+        [11, 12, 13, 0, 0],
+    ]
+    none = IGNORED
+    assert [dataset[w]["labels"].tolist() for w in range(3)] == [
+        [2, 3, none, 5, none],
+        [none, none, none, none, 11],
+        [12, none, none, none, none],
+    ]
+    assert dataset[2]["document_ids"].tolist() == [2, 2, 3, PADDING_DOCUMENT, PADDING_DOCUMENT]
+    assert (len(dataset), dataset.cut) == (3, 1)
 
 
 @given(num_windows=st.integers(1, 300), seed=st.integers(0, 2**31), epoch=st.integers(0, 1000))

@@ -16,8 +16,9 @@ _SOURCE_HELP = (
     ".txt, .jsonl or .parquet file, a local directory in hub layout, or a hub id; "
     "the last two may name a configuration: owner/name:config"
 )
-_BUILD_EXAMPLE = """example:
+_BUILD_EXAMPLE = """examples:
   zoo data build --tokenizer tokenizer/ --out data/books --separator '\\n\\n' books.txt more.jsonl
+  zoo data build --tokenizer tokenizer/ --out data/chats --instructions chats.jsonl
 """
 _TRAIN_EXAMPLE = """example:
   zoo data train-tokenizer --vocab-size 4096 --out tokenizer/ books.txt more.jsonl
@@ -40,7 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     build = _command(commands, "build", "tokenise documents into a data directory for zoo fit", _BUILD_EXAMPLE)
     build.add_argument("--tokenizer", required=True, metavar="PATH", help="tokenizer directory or file")
-    _add_sources(build)
+    _add_sources(build, "*")
+    build.add_argument(
+        "--instructions",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="in place of SOURCE: .jsonl with {messages: [{role, content}, ...]} or {prompt, completion} in a line, of "
+        "which only the answers are learned; may be repeated",
+    )
+    build.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="Jinja that writes conversations, for the tokenizer's own"
+    )
     build.add_argument("--out", required=True, type=Path, metavar="DIR", help="data directory to make")
     build.add_argument(
         "--validation-fraction", type=float, default=0.01, metavar="X", help="documents held out by hash (default 0.01)"
@@ -50,13 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SOURCE",
-        help="held-out source of its own; may be repeated",
+        help="held-out source of its own, of the same kind; may be repeated",
     )
     build.add_argument("--overwrite", action="store_true", help="replace DIR if it is a data directory")
     build.add_argument("--json", action="store_true", help="print the manifest")
 
     train = _command(commands, "train-tokenizer", "train a sentencepiece tokenizer", _TRAIN_EXAMPLE)
-    _add_sources(train)
+    _add_sources(train, "+")
     train.add_argument("--vocab-size", required=True, type=int, metavar="V", help="number of pieces, bytes included")
     train.add_argument("--out", required=True, type=Path, metavar="DIR", help="tokenizer directory to make")
     train.add_argument("--json", action="store_true", help="print size and fingerprint as JSON")
@@ -91,8 +103,8 @@ def _command(
     )
 
 
-def _add_sources(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help=_SOURCE_HELP)
+def _add_sources(parser: argparse.ArgumentParser, number: str) -> None:
+    parser.add_argument("sources", nargs=number, metavar="SOURCE", help=_SOURCE_HELP)
     parser.add_argument("--text-column", default="text", metavar="NAME", help="field or column with the text")
     parser.add_argument(
         "--separator",
@@ -116,13 +128,27 @@ def _sources(locations: list[str], args: argparse.Namespace) -> list[Source]:
 def _build(args: argparse.Namespace) -> int:
     from zoo.tokenizer import Tokenizer
     from zoo.training.data.builder import build
+    from zoo.training.data.instructions import Instructions
 
+    if bool(args.sources) == bool(args.instructions):
+        raise ValueError("give sources of text or --instructions: one of the two, as they are trained on differently")
+    tokenizer = Tokenizer.load(args.tokenizer)
+    sources: list[Source] | list[Instructions]
+    validation: list[Source] | list[Instructions]
+    if args.instructions:
+        sources, validation = ([Instructions(file) for file in files] for files in (args.instructions, args.validation))
+        if args.chat_template:
+            tokenizer = tokenizer.with_chat_template(args.chat_template.read_text(encoding="utf-8"))
+    else:
+        if args.chat_template:
+            raise ValueError(f"--chat-template {args.chat_template}: text is not written by a template; drop it")
+        sources, validation = _sources(args.sources, args), _sources(args.validation, args)
     manifest = build(
-        _sources(args.sources, args),
-        Tokenizer.load(args.tokenizer),
+        sources,
+        tokenizer,
         args.out,
         validation_fraction=args.validation_fraction,
-        validation_sources=_sources(args.validation, args),
+        validation_sources=validation,
         overwrite=args.overwrite,
     )
     _print_manifest(args.out, manifest, args.json)
@@ -173,6 +199,7 @@ def _print_manifest(directory: Path, manifest: Manifest, as_json: bool) -> None:
         return
     print(f"{directory}: vocabulary {manifest.vocab_size:,}, tokens stored as {manifest.dtype}")
     for name, split in manifest.splits.items():
-        print(f"  {name:<10} {split.documents:>12,} documents {split.tokens:>16,} tokens")
+        answers = "" if split.answers is None else f" {split.answers:>16,} of them answers"
+        print(f"  {name:<10} {split.documents:>12,} documents {split.tokens:>16,} tokens{answers}")
     for source in manifest.sources:
         print(f"  from {source.name} ({source.split}): {source.documents:,} documents, {source.bytes:,} bytes")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
@@ -25,7 +26,7 @@ class TokenDataModule(LightningDataModule):
     """Batches of packed documents out of a directory made by ``zoo data build``.
 
     A batch is a dict of int64 tensors [B / R, S]: ``input_ids``, ``labels`` (already shifted; -100 is ignored) and
-    ``document_ids`` (-1 where a window holds no token, which only the last window of a split does).
+    ``document_ids`` (-1 where a window holds no token). Of instructions only answers are labels.
 
     Training batches never end: epochs follow each other, each in its own order, and ``trainer.max_steps`` says when to
     stop. Which tokens come at which step depends on nothing but the data, ``seed``, ``batch_size`` and
@@ -69,8 +70,17 @@ class TokenDataModule(LightningDataModule):
 
     @cached_property
     def train_dataset(self) -> PackedDataset:
-        """All windows of the training split."""
-        return self._dataset("train")
+        """All windows of the training split.
+
+        Of instructions, a warning says how many are longer than a window.
+        """
+        dataset = self._dataset("train")
+        if dataset.cut:
+            rank_zero_warn(
+                f"{self.data_dir}: {dataset.cut:,} of {len(dataset.split.offsets) - 1:,} conversations are longer than "
+                f"sequence_length = {self.sequence_length} and cut there: what follows is learned without it"
+            )
+        return dataset
 
     @cached_property
     def validation_dataset(self) -> PackedDataset:

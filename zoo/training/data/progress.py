@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from zoo.training.data.instructions import Instructions
 from zoo.training.data.sources import Source
 
 
@@ -23,7 +24,7 @@ def byte_progress() -> Progress:
     )
 
 
-def total_bytes(sources: Sequence[Source]) -> int | None:
+def total_bytes(sources: Sequence[Source | Instructions]) -> int | None:
     """Size of all sources, ``None`` where one is not known before it is read."""
     sizes = [source.total_bytes for source in sources]
     return None if None in sizes else sum(size or 0 for size in sizes)

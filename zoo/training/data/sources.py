@@ -123,6 +123,13 @@ def _parts(file: BinaryIO, separator: bytes | None) -> Iterator[tuple[bytes, int
 
 def read_jsonl(path: Path, text_column: str) -> Documents:
     """The field ``text_column`` of every line."""
+    for where, row, size in jsonl_rows(path, f"the field {text_column!r}"):
+        _check_column(text_column, list(row), where)
+        yield check_text(row[text_column], text_column, where), size
+
+
+def jsonl_rows(path: Path, expected: str) -> Iterator[tuple[str, dict[str, Any], int]]:
+    """(file and line, object, bytes) of every line that is not blank; ``expected`` says what must be in it."""
     offset = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -136,9 +143,8 @@ def read_jsonl(path: Path, text_column: str) -> Documents:
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: not JSON ({error}); correct or remove the line") from None
             if not isinstance(row, dict):
-                raise ValueError(f"{where}: expected an object with the field {text_column!r}, got {text.strip()[:40]}")
-            _check_column(text_column, list(row), where)
-            yield _check_text(row[text_column], text_column, where), len(line)
+                raise ValueError(f"{where}: expected an object with {expected}, got {text.strip()[:40]}")
+            yield where, row, len(line)
 
 
 def read_parquet(path: Path, text_column: str) -> Documents:
@@ -155,7 +161,7 @@ def read_parquet(path: Path, text_column: str) -> Documents:
                 for text in batch.column(0).to_pylist():
                     row += 1
                     done = size * row // rows - size * (row - 1) // rows
-                    yield _check_text(text, text_column, f"{path}: row {row}"), done
+                    yield check_text(text, text_column, f"{path}: row {row}"), done
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: not a whole Parquet file ({reason}); get the file again") from None
@@ -182,7 +188,7 @@ def read_hub(location: str, split: str, text_column: str) -> Documents:
         if row is None:
             return
         _check_column(text_column, list(row), where)
-        text = _check_text(row[text_column], text_column, where)
+        text = check_text(row[text_column], text_column, where)
         yield text, len(text.encode())
 
 
@@ -212,7 +218,7 @@ def _check_column(column: str, available: Sequence[str], where: str) -> None:
     raise ValueError(f"{where}: no text column {column!r}; {hint}")
 
 
-def _check_text(value: Any, column: str, where: str) -> str:
+def check_text(value: Any, column: str, where: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{where}: {column!r} is {type(value).__name__}, not text; choose another text column")
     if _SURROGATE.search(value):  # JSON can spell half a character, which no encoding can write

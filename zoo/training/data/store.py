@@ -5,6 +5,7 @@
     DIR/manifest.json              what was tokenised, how, and the SHA-256 of every file
     DIR/{train,validation}.bin     token ids, little-endian uint16 or uint32, documents one after the other
     DIR/{train,validation}.offsets int64: where each document begins, and at the end the number of tokens
+    DIR/{train,validation}.mask    of instructions: uint8 for each token, 1 where it is an answer's and so a label
     DIR/tokenizer/                 the tokenizer's files
 """
 
@@ -32,6 +33,7 @@ TokenDtype = Literal["<u2", "<u4"]
 SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation")
 OFFSET_DTYPE = np.dtype("<i8")
+MASK_DTYPE = np.dtype("u1")
 
 
 def token_dtype(vocab_size: int) -> TokenDtype:
@@ -50,6 +52,9 @@ class SplitInfo:
     sha256: str
     """Of the token file."""
     offsets_sha256: str
+    answers: int | None = None
+    """Tokens that are an answer's; ``None`` of plain text, where every token is learned."""
+    mask_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +82,9 @@ class Manifest:
     vocab_size: int
     dtype: TokenDtype
     bos: bool
-    """Whether every document begins with the tokenizer's beginning-of-sequence token."""
+    """Whether every document was put after the beginning-of-sequence token; of instructions the template says it."""
     eos: bool
-    """Whether every document ends with the tokenizer's end-of-sequence token."""
+    """Whether every document was put before the end-of-sequence token; of instructions the template says it."""
     validation_fraction: float
     """Part of the documents, chosen by the hash of their text, that was held out; 0 with explicit sources."""
     sources: tuple[SourceInfo, ...]
@@ -137,8 +142,9 @@ def verify(directory: str | Path) -> None:
         for path, digest in (
             (directory / f"{name}.bin", info.sha256),
             (directory / f"{name}.offsets", info.offsets_sha256),
+            (directory / f"{name}.mask", info.mask_sha256),
         ):
-            if file_sha256(path) != digest:
+            if digest is not None and file_sha256(path) != digest:
                 raise ValueError(f"{path}: contents differ from the SHA-256 in {MANIFEST_FILE}; build the data again")
     load_tokenizer(directory, manifest)
 
@@ -162,6 +168,7 @@ class TokenSplit:
     Attributes:
         tokens: [tokens] uint16 or uint32.
         offsets: [documents + 1] int64: document d is ``tokens[offsets[d]:offsets[d + 1]]``.
+        mask: [tokens] uint8 of instructions, 1 where the token is an answer's; ``None`` of plain text.
         vocab_size: every id is below it.
     """
 
@@ -174,6 +181,7 @@ class TokenSplit:
         self.vocab_size = manifest.vocab_size
         self.tokens = _map(self.directory / f"{name}.bin", np.dtype(manifest.dtype), info.tokens)
         self.offsets = _map(self.directory / f"{name}.offsets", OFFSET_DTYPE, info.documents + 1)
+        self.mask = None if info.answers is None else _map(self.directory / f"{name}.mask", MASK_DTYPE, info.tokens)
         if self.offsets[0] != 0 or self.offsets[-1] != info.tokens:
             raise ValueError(
                 f"{self.directory / name}.offsets: ends at token {self.offsets[-1]}, {MANIFEST_FILE} says {info.tokens}"
