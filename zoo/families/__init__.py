@@ -88,13 +88,14 @@ def family_of(hf: Mapping[str, Any], where: str = "config.json") -> Architecture
     model_type = hf.get("model_type")
     families: list[Architecture[Any]] = [*FAMILIES.values(), *ENCODER_DECODERS.values()]
     for family in families:
-        if family.model_type == model_type:
-            architectures = hf.get("architectures") or [family.architectures[0]]
-            if architectures not in [[name] for name in family.architectures]:
-                supported = " or ".join(family.architectures)
+        published = family.larger(hf) or family
+        if published.model_type == model_type:
+            architectures = hf.get("architectures") or [published.architectures[0]]
+            if architectures not in [[name] for name in published.architectures]:
+                supported = " or ".join(published.architectures)
                 raise ValueError(f"{where}: architectures = {architectures!r} is not supported; only {supported} is")
             return family
-    known = ", ".join(family.model_type for family in families)
+    known = ", ".join(p.model_type for family in families for p in (family, family.multimodal) if p)
     raise ValueError(f"{where}: model_type = {model_type!r} is not supported; it must be one of {known}")
 
 

@@ -23,6 +23,20 @@ ROTARY_BUFFERS: tuple[str, ...] = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.
 """Frequencies that old checkpoints stored; they follow from the config."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Multimodal:
+    """A published model of several modalities that has an architecture as its text part, which alone is read."""
+
+    model_type: str
+    architectures: tuple[str, ...]
+    section: str
+    """Key of its config.json that holds the text part's."""
+    prefix: str
+    """What the names of the text part's tensors begin with there."""
+    ignored: tuple[str, ...]
+    """Regular expressions of the other parts' tensors."""
+
+
 C = TypeVar("C", ModelConfig, EncoderDecoderConfig)
 
 
@@ -50,6 +64,8 @@ class Architecture(Generic[C]):
     """(config, names of the tensors that are there) → config without optional parts that were not stored."""
     embedding_copies: tuple[str, ...] = ()
     """Names under which some checkpoints store the input embedding again."""
+    multimodal: Multimodal | None = None
+    """The larger model that it is also published in."""
 
     def from_hf(self, hf: Mapping[str, Any], where: str = "config.json") -> C:
         """Architecture that a published config.json describes, in the spelling of transformers 4 or 5.
@@ -63,6 +79,10 @@ class Architecture(Generic[C]):
                 "use the bf16, fp16 or fp32 weights"
             )
         fields = Fields(hf, where)
+        larger = self.larger(hf)
+        if larger is not None:
+            fields = fields.section(larger.section)
+            fields.expect("model_type", self.model_type)
         fields.skip("quantization_config")
         try:
             config = self.read(fields)
@@ -71,6 +91,10 @@ class Architecture(Generic[C]):
             raise error if where in str(error) else ValueError(f"{where}: {error}") from None
         fields.finish()
         return config
+
+    def larger(self, hf: Mapping[str, Any]) -> Multimodal | None:
+        """The larger model whose config.json ``hf`` is; None where it is this architecture's own."""
+        return self.multimodal if self.multimodal and hf.get("model_type") == self.multimodal.model_type else None
 
     def to_hf(self, config: C) -> dict[str, Any]:
         """config.json of ``config``, readable by transformers 4 and 5.

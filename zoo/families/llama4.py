@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from zoo.config import InterleavedRopeConfig, ModelConfig, MoEConfig
-from zoo.families.base import Family, Layout
+from zoo.families.base import Family, Layout, Multimodal
 from zoo.families.fields import Fields
 from zoo.families.parts import read_decoder, read_gqa, read_rope, write_decoder, write_gqa
 from zoo.families.tensors import MoENames, decoder_map, swiglu_map
@@ -115,4 +115,11 @@ FAMILY = Family(
     read=_read,
     write=_write,
     map_weights=_map_weights,
+    multimodal=Multimodal(
+        model_type="llama4",
+        architectures=("Llama4ForConditionalGeneration",),
+        section="text_config",
+        prefix="language_model.",
+        ignored=(r"vision_model\..*", r"multi_modal_projector\..*"),
+    ),
 )

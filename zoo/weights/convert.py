@@ -230,6 +230,7 @@ class PublishedTensors:
 def published_tensors(spec: AnySpec, hf: Mapping[str, Any], names: Collection[str]) -> PublishedTensors:
     """What the family of ``spec`` maps to; ``names``, of the tensors that are there, tell the layout."""
     family = exporting_family(spec)
+    larger = family.larger(hf)
     fused = any(name.endswith(".experts.gate_up_proj") for name in names)
     ops = family.weight_map(spec.model, "fused" if fused else "per_expert")
     copies = family.embedding_copies + (PUBLISHED_HEAD,) * spec.model.tie_word_embeddings
@@ -237,7 +238,7 @@ def published_tensors(spec: AnySpec, hf: Mapping[str, Any], names: Collection[st
     return PublishedTensors(
         ops=ops,
         shapes=source_shapes(ops, parameter_shapes(spec.model)),
-        ignored=(*family.ignored(hf), *map(re.escape, copies)),
+        ignored=(*family.ignored(hf), *(larger.ignored if larger else ()), *map(re.escape, copies)),
         copies=copies,
     )
 

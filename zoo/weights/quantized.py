@@ -1,4 +1,4 @@
-"""Published checkpoints in whichever form their weights are stored, read as if they were not quantised."""
+"""Published checkpoints in whichever form their weights are stored, read as if they were stored plainly."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoo.families import family_of
 from zoo.families.base import quantization
 from zoo.weights.fp8 import Fp8Source, block_size, dequantised_entries
 from zoo.weights.mxfp4 import Mxfp4Source, unpacked_entries
-from zoo.weights.source import Entry, TensorSource
+from zoo.weights.source import Entry, TensorSource, without_prefix
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,7 @@ def published_source(directory: Path, hf: Mapping[str, Any], dtype: torch.dtype 
             wanted = torch.bfloat16 if dtype is None else dtype if kept else torch.float32
             return Fp8Source(directory, block_size(hf, str(directory / "config.json")), wanted)
         case _:
-            return TensorSource(directory)
+            return TensorSource(directory, _prefix(hf))
 
 
 def unquantised_entries(
@@ -55,4 +56,10 @@ def unquantised_entries(
             _, rest, problems = dequantised_entries(entries, block_size(hf, str(directory / "config.json")), "BF16")
             return rest, problems
         case _:
-            return dict(entries), []
+            return without_prefix(entries, _prefix(hf), directory), []
+
+
+def _prefix(hf: Mapping[str, Any]) -> str:
+    """Of the tensors' names, in a larger model that has other parts as well."""
+    larger = family_of(hf).larger(hf)
+    return larger.prefix if larger else ""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
@@ -16,6 +16,8 @@ from zoo.weights.ops import Op, Region, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -38,11 +40,15 @@ class TensorSource:
 
     One file is open at a time. Close it, or use it as a context manager.
 
+    Args:
+        directory: that holds them.
+        prefix: of names in the files, which are known without it; others are as they are.
+
     Raises:
         ValueError: there are no safetensors, a file is damaged, or the index and the files disagree.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, prefix: str = "") -> None:
         self.directory = directory
         self._open_path: Path | None = None
         self._stack = ExitStack()
@@ -50,6 +56,8 @@ class TensorSource:
         for path in weight_files(directory):
             self._add_file(path)
         self._check_index()
+        self._stored = without_prefix({name: name for name in self.entries}, prefix, directory)
+        self.entries = {name: self.entries[stored] for name, stored in self._stored.items()}
 
     def __enter__(self) -> TensorSource:
         return self
@@ -68,12 +76,12 @@ class TensorSource:
 
     def read(self, name: str) -> Tensor:
         """The tensor ``name``, on the CPU in the dtype that it is stored in."""
-        tensor: Tensor = self._file(self.entries[name].path).get_tensor(name)
+        tensor: Tensor = self._file(self.entries[name].path).get_tensor(self._stored[name])
         return tensor
 
     def read_region(self, name: str, region: Region) -> Tensor:
         """A box of the tensor ``name``; nothing else of it is read."""
-        tensor: Tensor = self._file(self.entries[name].path).get_slice(name)[region]
+        tensor: Tensor = self._file(self.entries[name].path).get_slice(self._stored[name])[region]
         return tensor
 
     def _file(self, path: Path) -> Any:
@@ -104,6 +112,21 @@ class TensorSource:
                 f"{index}: lists {name!r} in {listed.get(name)}, but it is in {found.get(name)}; "
                 f"download the checkpoint again{_more(wrong)}"
             )
+
+
+def without_prefix(named: Mapping[str, T], prefix: str, where: Path) -> dict[str, T]:
+    """``named`` with ``prefix`` taken off the names that begin with it.
+
+    Raises:
+        ValueError: two would have one name.
+    """
+    short = {name.removeprefix(prefix): value for name, value in named.items()}
+    if len(short) < len(named):
+        name = next(name for name in named if name.startswith(prefix) and name.removeprefix(prefix) in named)
+        raise ValueError(
+            f"{where}: tensor {name.removeprefix(prefix)!r} is there with {prefix!r} and without; remove one"
+        )
+    return short
 
 
 def weight_files(directory: Path) -> list[Path]:
