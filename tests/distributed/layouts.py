@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from zoo.config import AttentionConfig, InterleavedRopeConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from zoo.config_routing import RoutingConfig
 from zoo.model import Decoder, build
 from zoo.moe.balance import load_balance_loss, z_loss
 from zoo.moe.router import Router, update_selection_bias
@@ -101,6 +102,18 @@ MODELS = {
             num_shared_experts=1,
             scaled_input=True,
             layer_interval=2,
+        ),
+    ),
+    "capacity": ModelConfig(
+        **_BASE,
+        attention=_GQA,
+        moe=dataclasses.replace(_MIXTRAL, routing=RoutingConfig(capacity_factor=0.75)),
+    ),
+    "expert-choice": ModelConfig(
+        **_BASE,
+        attention=_GQA,
+        moe=dataclasses.replace(
+            _MIXTRAL, norm_topk_prob=False, router_bias=False, routing=RoutingConfig(choice="expert")
         ),
     ),
     "dense": ModelConfig(**_BASE, attention=_GQA),
