@@ -34,7 +34,7 @@ DEFAULT_TEMPLATE = """\
     {{- message.role.capitalize() + ": " + message.content }}
     {%- if message.role == "assistant" %}{{ eos_token }}{% endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}{{ "\\nAssistant:" }}{% endif %}
+{%- if add_generation_prompt %}{{ "\\nAssistant:" if messages else "Assistant:" }}{% endif %}
 """
 """For tokenizers without a template: lines that begin with the role, and EOS after every answer."""
 
@@ -157,9 +157,9 @@ def encode_marked(text: str, tokenizer: Tokenizer) -> Encoded:
             _encode_plain(plain, learned, tokenizer, ids, answers)
             plain, learned = "", []
             special = tokenizer.bos_id if part == BOS else tokenizer.eos_id
-            assert special is not None
-            ids.append(special)
-            answers.append(inside)
+            if special is not None:
+                ids.append(special)
+                answers.append(inside)
         else:
             plain += part
             learned += [inside] * len(part)
