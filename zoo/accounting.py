@@ -32,7 +32,6 @@ from zoo.config import AttentionConfig, MambaConfig, MLAConfig, ModelConfig, MoE
 
 TRAINING_OVER_FORWARD = 3
 FP32_BYTES, BF16_BYTES = 4, 2
-STEP_BYTES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,18 +107,18 @@ def count_parameters(config: ModelConfig) -> Parameters:
 
 
 def count_buffers(config: ModelConfig) -> int:
-    """Elements of the fp32 selection biases, which a checkpoint holds beside the parameters."""
-    if config.moe is None or not config.moe.router_bias:
+    """Elements of the fp32 buffers that a checkpoint holds beside the parameters: selection biases, and the step of
+    annealed temperatures."""
+    moe = config.moe
+    if moe is None:
         return 0
-    return config.moe.num_experts * _num_moe_layers(config)
+    annealed = moe.routing is not None and moe.routing.temperature is not None
+    return (moe.num_experts * moe.router_bias + annealed) * _num_moe_layers(config)
 
 
 def weight_bytes(config: ModelConfig, itemsize: int) -> int:
-    """Bytes of a checkpoint whose parameters take ``itemsize`` bytes each; selection biases stay fp32, and a router
-    whose temperature is annealed keeps the step."""
-    annealed = config.moe is not None and config.moe.routing is not None and config.moe.routing.temperature is not None
-    steps = _num_moe_layers(config) * STEP_BYTES if annealed else 0
-    return count_parameters(config).with_mtp * itemsize + count_buffers(config) * FP32_BYTES + steps
+    """Bytes of a checkpoint whose parameters take ``itemsize`` bytes each; buffers stay fp32."""
+    return count_parameters(config).with_mtp * itemsize + count_buffers(config) * FP32_BYTES
 
 
 def cache_elements_per_token(config: ModelConfig) -> int:

@@ -8,6 +8,8 @@ Shapes: T tokens, D model, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,13 +51,21 @@ class Temperature(nn.Module):
     def __init__(self, config: TemperatureConfig) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("step", torch.zeros((), dtype=torch.float32))
 
     def forward(self, logits: Tensor) -> Tensor:
         """logits [T, E] → [T, E]."""
         c = self.config
         progress = (self.step.to(logits.dtype) / c.steps).clamp(max=1)
         return logits / (c.start + (c.end - c.start) * progress)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Temperature:
+        """Casting the model leaves the step in fp32: bf16 has no 257."""
+        step = self.step
+        super()._apply(fn, recurse)
+        if self.step.dtype != step.dtype:
+            self.step = step.to(self.step.device)
+        return self
 
 
 def set_step(model: nn.Module, step: int) -> None:
