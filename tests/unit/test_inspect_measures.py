@@ -15,8 +15,6 @@ from zoo.inspect.measures import (
     choices,
     chosen_experts,
     co_activations,
-    dead_experts,
-    effective_experts,
     expected_co_activations,
     jaccard,
     router_z,
@@ -25,6 +23,7 @@ from zoo.inspect.measures import (
 from zoo.inspect.metrics import AgreementMetric, RoutingMetric, TokenExpertMetric, WindowMetric
 from zoo.inspect.specialisation import Specialist, domain_tests, mutual_information, pair_tests, specialists
 from zoo.moe.router import RouterOutput
+from zoo.moe.stats import dead_experts, effective_experts
 
 
 def routed(experts: list[list[int]] | Tensor, num_experts: int = 4, **given: Tensor) -> RouterOutput:

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from zoo.harness.significance import SIGNIFICANCE
 from zoo.inspect.inspection import Observed, Settings, Windows, moe_layers
-from zoo.inspect.measures import DEAD, dead_experts, effective_experts, expected_co_activations
+from zoo.inspect.measures import expected_co_activations
 from zoo.inspect.metrics import Agreement, AgreementMetric, Routing
 from zoo.inspect.similarity import output_cosines, weight_cosines
 from zoo.inspect.specialisation import MINIMUM, PERMUTATIONS, Specialist, domain_tests, pair_tests, specialists
 from zoo.inspect.text import Text
 from zoo.model import Decoder
-from zoo.moe.stats import expert_load, load_entropy, max_over_mean
+from zoo.moe.stats import DEAD, dead_experts, effective_experts, expert_load, load_entropy, max_over_mean
 from zoo.tokenizer import Tokenizer
 
 SHOWN = 8

@@ -12,13 +12,6 @@ from torch import Tensor
 
 from zoo.moe.router import RouterOutput
 
-DEAD = 0.1
-"""An expert with less than this part of an equal share of the assignments is dead."""
-
-DECIDABLE = 20
-"""Assignments that an expert must get on average before any is called dead. Of a fair share of 20 an expert gets less
-than 2 by chance once in ten million times."""
-
 
 def choices(output: RouterOutput, token_mask: Tensor | None = None) -> Tensor:
     """[T, E] int64, 1 where the router chose the expert for the token; rows of 0 where ``token_mask`` [B, S] is False.
@@ -66,19 +59,6 @@ def jaccard(one: Tensor, other: Tensor) -> Tensor:
     common = ((one.unsqueeze(-1) == other.unsqueeze(-2)) & (one >= 0).unsqueeze(-1)).sum(dim=(-2, -1))
     either = (one >= 0).sum(dim=-1) + (other >= 0).sum(dim=-1) - common
     return torch.where(either > 0, common / either.clamp(min=1), 1.0)
-
-
-def dead_experts(counts: Tensor) -> list[int] | None:
-    """counts [E] → the experts with less than ``DEAD`` of an equal share; ``None``: too few assignments to tell."""
-    mean = counts.double().mean()
-    if mean < DECIDABLE:
-        return None
-    return (counts < DEAD * mean).nonzero().flatten().tolist()
-
-
-def effective_experts(load: Tensor) -> Tensor:
-    """load [..., E] → [...], exp of its entropy: E where it is uniform, n where n experts share it equally."""
-    return torch.special.entr(load).sum(dim=-1).exp()
 
 
 def expected_co_activations(pairs: Tensor) -> Tensor:

@@ -12,6 +12,13 @@ from torch import Tensor
 
 from zoo.moe.router import RouterOutput
 
+DEAD = 0.1
+"""An expert with less than this part of an equal share of the assignments is dead."""
+
+DECIDABLE = 20
+"""Assignments that an expert must get on average before any is called dead. Of a fair share of 20 an expert gets less
+than 2 by chance once in ten million times."""
+
 
 def expert_counts(output: RouterOutput, token_mask: Tensor | None = None) -> Tensor:
     """[E] int64, assignments to each expert; tokens whose ``token_mask`` [B, S] is False are left out.
@@ -54,3 +61,17 @@ def load_entropy(load: Tensor) -> Tensor:
 def max_over_mean(load: Tensor) -> Tensor:
     """load [..., E] → [...], the busiest expert's load over the mean: 1 is balanced, E is collapsed."""
     return load.amax(dim=-1) * load.shape[-1]
+
+
+def effective_experts(load: Tensor) -> Tensor:
+    """load [..., E] → [...], exp of its entropy: E where it is uniform, n where n experts share it equally."""
+    return torch.special.entr(load).sum(dim=-1).exp()
+
+
+def dead_experts(counts: Tensor) -> list[int] | None:
+    """counts [E] → the experts with less than ``DEAD`` of an equal share; ``None``: too few assignments to tell."""
+    mean = counts.double().mean()
+    if mean < DECIDABLE:
+        return None
+    dead: list[int] = (counts < DEAD * mean).nonzero().flatten().tolist()
+    return dead

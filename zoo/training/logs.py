@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -20,7 +21,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from torch import Tensor
 
 from zoo.files import write_text
-from zoo.moe.stats import expert_load, load_entropy, max_over_mean
+from zoo.moe.stats import dead_experts, expert_load, load_entropy, max_over_mean
 from zoo.training.module import ZooModule
 
 METRICS_FILE = ExperimentWriter.NAME_METRICS_FILE
@@ -125,8 +126,9 @@ class MetricsLog(Callback):
 class ExpertLoad(Callback):
     """How the tokens of a logging interval were spread over the experts of every MoE layer.
 
-    Entropy (1 = uniform) and the busiest expert's load over the mean join the module's metrics, which ``MetricsLog``
-    after it writes; the load of every expert, as fractions that sum to 1 a layer, goes to ``expert_load.jsonl``:
+    Entropy (1 = uniform), the busiest expert's load over the mean and the number of dead experts (where there are
+    enough tokens to tell) join the module's metrics, which ``MetricsLog`` after it writes; the load of every expert, as
+    fractions that sum to 1 a layer, goes to ``expert_load.jsonl``:
     ``{"step": 100, "layers": {"1": [0.12, …], …}}``.
 
     Args:
@@ -135,6 +137,8 @@ class ExpertLoad(Callback):
 
     def __init__(self, every_n_steps: int) -> None:
         self.every_n_steps = every_n_steps
+        self.interval_counts: dict[int, Tensor] = {}
+        """Assignments to each expert by layer in the last interval, after its last step; empty after other steps."""
         self._counts: Tensor | None = None
         self._last_step = 0
 
@@ -163,16 +167,21 @@ class ExpertLoad(Callback):
         if config.moe is None or trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
+        self.interval_counts = {}
         counts = pl_module.step_expert_counts
         self._counts = counts if self._counts is None else self._counts.to(counts.device) + counts
         if trainer.global_step % self.every_n_steps == 0:
             number = config.num_layers + (config.mtp_depth if pl_module.mtp_coef else 0)
             layers = [i for i in range(number) if config.is_moe_layer(i)]
-            loads = dict(zip(layers, expert_load(self._counts).cpu(), strict=True))
+            self.interval_counts = dict(zip(layers, self._counts.cpu(), strict=True))
             self._counts = None
+            loads = {layer: expert_load(counts) for layer, counts in self.interval_counts.items()}
             for layer, load in loads.items():
                 pl_module.step_metrics[f"router/layer_{layer}/entropy"] = load_entropy(load)
                 pl_module.step_metrics[f"router/layer_{layer}/max_over_mean"] = max_over_mean(load)
+                dead = dead_experts(self.interval_counts[layer])
+                if dead is not None:
+                    pl_module.step_metrics[f"router/layer_{layer}/dead_experts"] = torch.tensor(len(dead))
             if trainer.is_global_zero:
                 line = {"step": trainer.global_step, "layers": {str(i): load.tolist() for i, load in loads.items()}}
                 with Path(trainer.default_root_dir, LOAD_FILE).open("a", encoding="utf-8") as file:
