@@ -28,6 +28,7 @@ from zoo.training.logs import ExpertLoad, MetricsLog, build_loggers
 from zoo.training.module import ZooModule
 from zoo.training.progress import TrainingProgress
 from zoo.training.run import RunDirectory
+from zoo.training.routing_watch import RoutingWatch
 from zoo.weights import save_model
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -142,7 +143,8 @@ class FitCLI(LightningCLI):
         """
         config = self.config_init.trainer
         every = config.log_every_n_steps
-        callbacks = [ExpertLoad(every), MetricsLog(every), RandomState()]
+        load = ExpertLoad(every)
+        callbacks = [load, RoutingWatch(load), MetricsLog(every), RandomState()]
         if config.enable_progress_bar is not False:
             callbacks.append(TrainingProgress())
         loggers = build_loggers(self.run_directory.path, self.run_directory.latest_step)
