@@ -122,6 +122,10 @@ def test_overrides_of_the_command_line_join_those_of_the_config(fit_config: Path
     assert (config.moe.top_k, config.moe.num_groups, config.moe.num_experts) == (2, 2, 8)
 
 
+def test_one_device_recomputes_activations_too(fit_config: Path) -> None:
+    assert FitCLI(["--config", str(fit_config), "--parallel.recompute", "experts"]).model.recompute == "experts"
+
+
 def test_a_weight_may_be_a_ramp(fit_config: Path) -> None:
     cli = FitCLI(["--config", str(fit_config), "--model.z_loss_coef", "{start: 0.01, end: 0, to_step: 20}"])
     assert cli.model.objective.z_loss_coef == Ramp(start=0.01, end=0.0, to_step=20)

@@ -27,13 +27,17 @@ on what, how long:
   --trainer.max_steps N              optimizer steps
   --trainer.accumulate_grad_batches N  micro-batches in an optimizer step
   --trainer.precision P              32-true, bf16-mixed or bf16-true; routers stay fp32
-  --model.optimizer.lr X             peak learning rate
+  --model.optimizer.lr X             peak learning rate, and --model.optimizer.name adamw or muon
   --model.schedule.shape SHAPE       cosine or wsd, with --model.schedule.warmup_steps N and .decay_steps N
 
 on several devices (docs/parallel.md):
   --trainer.devices N                processes of this machine; the batch size counts the examples of all together
   --trainer.strategy PLAN            ddp, fsdp, ep, ep_fsdp, tp_ep_fsdp, or the YAML file of a plan
   --parallel.expert N                ranks over which the experts are spread, --parallel.tensor N that share a batch
+
+  --model.ema_decay X                average the weights, with this decay a step
+  --parallel.recompute WHAT          none, experts or block: compute their activations again instead of keeping them
+  --find WHAT                        lr or batch_size: look for one to begin with instead of training
 
 that does not die:
   --model.max_skipped_steps N        steps in a row that may be skipped because they are not finite

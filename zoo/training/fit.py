@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
@@ -21,14 +21,15 @@ from zoo.finetune.run import Finetuning, refuse_adapted
 from zoo.parallel import weights as parallel_weights
 from zoo.parallel.plan import plan_names
 from zoo.parallel.strategy import MoEParallelStrategy
+from zoo.training import finders
 from zoo.training.checkpoint import AtomicCheckpointIO, Checkpoint, RandomState
 from zoo.training.data import TokenDataModule
 from zoo.training.data.store import TOKENIZER_DIR
 from zoo.training.logs import ExpertLoad, MetricsLog, build_loggers
 from zoo.training.module import ZooModule
 from zoo.training.progress import TrainingProgress
-from zoo.training.run import RunDirectory
 from zoo.training.routing_watch import RoutingWatch
+from zoo.training.run import RunDirectory
 from zoo.weights import save_model
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -78,6 +79,12 @@ class FitCLI(LightningCLI):
         """Checkpointing, and the seed of the weights."""
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_class_arguments(MoEParallelStrategy, "parallel", skip={"plan"}, instantiate=False)
+        parser.add_argument(
+            "--find",
+            type=Literal["lr", "batch_size"] | None,
+            default=None,
+            help="Look for a learning rate or the largest batch size instead of training; on one device.",
+        )
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("parallel.recompute", "model.recompute")
         parser.add_argument(
@@ -147,13 +154,17 @@ class FitCLI(LightningCLI):
         callbacks = [load, RoutingWatch(load), MetricsLog(every), RandomState()]
         if config.enable_progress_bar is not False:
             callbacks.append(TrainingProgress())
-        loggers = build_loggers(self.run_directory.path, self.run_directory.latest_step)
+        loggers = [*build_loggers(self.run_directory.path, self.run_directory.latest_step), *_listed(config.logger)]
+        if self.config_init.find is not None:
+            # The Tuner saves a checkpoint to come back to.
+            kwargs["default_root_dir"], loggers = str(self.run_directory.path / finders.ASIDE), []
         try:
             return super().instantiate_trainer(
                 strategy=self._strategy(),
-                logger=[*loggers, *_listed(config.logger)],
+                logger=loggers,
                 callbacks=[*_listed(config.callbacks), *callbacks],
                 plugins=[*_listed(config.plugins), AtomicCheckpointIO()],
+                **kwargs,
             )
         except MisconfigurationException as error:
             raise ValueError(f"trainer: {error}") from None
@@ -192,6 +203,9 @@ def fit(argv: list[str]) -> int:
         print(f"{run.path} is finished, its model is in {run.final}; train anew with another trainer.default_root_dir")
         return 0
     cli.model.check_vocabulary(cli.datamodule.tokenizer.vocab_size)
+    if cli.config.find is not None:
+        print(finders.find(cli.config.find, cli.trainer, cli.model, cli.datamodule, run.path))
+        return 0
     latest = run.latest_checkpoint
     if run.writes:
         run.record(cli.parser.dump(cli.config, skip_unset=False), cli.config.seed_everything, run.latest_step)

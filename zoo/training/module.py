@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -31,6 +31,7 @@ from zoo.parallel.apply import recompute_activations
 from zoo.parallel.strategy import MoEParallelStrategy
 from zoo.registry import find_spec, own_checkpoint
 from zoo.training import culprit
+from zoo.training.averaging import ExponentialAverage
 from zoo.training.guard import SkippedSteps, SpikeConfig
 from zoo.training.loss import Objective, Scope, StepSums, label_count, micro_batch_sums
 from zoo.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer
@@ -67,11 +68,13 @@ class ZooModule(LightningModule):
         bias_update_rate: Step of the selection bias of loss-free balancing (arXiv 2408.15664: 0.001); 0 leaves it.
         mtp_coef: Weight of the multi-token prediction loss (DeepSeek-V3, arXiv 2412.19437: 0.3, later 0.1); 0 leaves
             the model's MTP modules as they are.
-        optimizer: AdamW's settings.
+        optimizer: AdamW's settings, and whether Muon updates the matrices in the blocks.
         schedule: Warm-up and decay of the learning rate.
         seed: Seed of the fresh weights.
         max_skipped_steps: Steps in a row that may be skipped because the loss or the gradient norm is not finite; one
             more ends the run.
+        ema_decay: Average the weights exponentially, with this decay a step; the average is validated, and is the model
+            that the run leaves. 0 averages nothing; on one device.
         recompute: Whose activations are computed again in the backward pass instead of kept, on one device; of several
             ``MoEParallelStrategy`` decides. ``zoo fit`` has ``parallel.recompute`` for both.
         spikes: Skip steps with a loss spike as well; by default they are taken.
@@ -98,6 +101,7 @@ class ZooModule(LightningModule):
         seed: int = 0,
         max_skipped_steps: int = 10,
         spikes: SpikeConfig | None = None,
+        ema_decay: float = 0.0,
         recompute: Literal["none", "experts", "block"] = "none",
     ) -> None:
         super().__init__()
@@ -110,6 +114,7 @@ class ZooModule(LightningModule):
         self.seed = seed
         self.max_skipped_steps = max_skipped_steps
         self.spikes = spikes
+        self.average = ExponentialAverage(ema_decay) if ema_decay else None
         self.recompute = recompute
         self.skipped = SkippedSteps()
         if max_skipped_steps < 0:
@@ -244,8 +249,18 @@ class ZooModule(LightningModule):
     # Optimizer step
     # -------------------------------------------------------------------------------------------------------------
 
+    def configure_callbacks(self) -> list[Callback]:
+        """The average of the weights, where there is one.
+
+        Raises:
+            ValueError: the model is spread over processes.
+        """
+        if self.average is not None and self.parallel is not None:
+            raise ValueError("model.ema_decay: weights are averaged on one device only; set it to 0")
+        return [] if self.average is None else [self.average]
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW with a schedule over all optimizer steps of the run."""
+        """The optimizer with a schedule over all optimizer steps of the run."""
         assert self.model is not None
         total_steps = self.trainer.max_steps
         if total_steps < 1:

@@ -1,13 +1,18 @@
-"""AdamW and the learning-rate schedules, which are pure functions of the step."""
+"""AdamW, Muon beside it, and the learning-rate schedules, which are pure functions of the step."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+
+from zoo.model import Decoder
+from zoo.training.muon import MuonAdamW, hidden_matrices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,22 +20,28 @@ class OptimizerConfig:
     """AdamW (arXiv 1711.05101); the defaults are those of GPT-3 and most MoE papers.
 
     Attributes:
+        name: ``muon`` updates the matrices inside the blocks, those of every expert by themselves, with Muon
+            (arXiv 2502.16982), and embeddings, head, routers and vectors with AdamW; on one device.
         lr: Peak learning rate; the schedule multiplies it with a factor in [0, 1].
         betas: Decay rates of the two moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled decay of matrices; norms, biases and other vectors are never decayed.
+        momentum: Of Muon.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
+    momentum: float = 0.95
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "optimizer.lr", self.lr, "give a positive number such as 3e-4")
         _require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "give two numbers in [0, 1)")
         _require(self.eps > 0, "optimizer.eps", self.eps, "give a positive number such as 1e-8")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "give 0 or more")
+        _require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "give a number in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +98,12 @@ def lr_factor(schedule: ScheduleConfig, step: int, total_steps: int) -> float:
     return schedule.min_ratio + (1 - schedule.min_ratio) * falling
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Every trainable parameter once: matrices (two dimensions or more) decayed, vectors not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def parameter_groups(
+    model: nn.Module, weight_decay: float, without: Iterable[nn.Parameter] = ()
+) -> list[dict[str, Any]]:
+    """Every trainable parameter but ``without`` once: matrices (two dimensions or more) decayed, vectors not."""
+    left_out = {id(parameter) for parameter in without}
+    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in left_out]
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -99,18 +113,25 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def build_optimizer(
     model: nn.Module, optimizer: OptimizerConfig, schedule: ScheduleConfig, total_steps: int
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW over ``model`` and its schedule, to be stepped once an optimizer step.
+    """The optimizer of ``model`` and its schedule, to be stepped once an optimizer step.
 
     Raises:
-        ValueError: warm-up and decay together are longer than ``total_steps``.
+        ValueError: warm-up and decay together are longer than ``total_steps``, or Muon of matrices in parts.
     """
-    adamw = torch.optim.AdamW(
-        parameter_groups(model, optimizer.weight_decay),
-        lr=optimizer.lr,
-        betas=optimizer.betas,
-        eps=optimizer.eps,
-        fused=True,
-    )
+    settings: dict[str, Any] = {"lr": optimizer.lr, "betas": optimizer.betas, "eps": optimizer.eps, "fused": True}
+    if optimizer.name == "muon":
+        assert isinstance(model, Decoder)
+        matrices = hidden_matrices(model)
+        if any(isinstance(matrix, DTensor) for matrix in matrices):
+            raise ValueError(
+                "model.optimizer.name = muon: it needs whole matrices, and the model is spread over processes; use "
+                "adamw, or one device"
+            )
+        others = parameter_groups(model, optimizer.weight_decay, matrices)
+        decay, momentum = optimizer.weight_decay, optimizer.momentum
+        adamw: torch.optim.AdamW = MuonAdamW(matrices, others, momentum=momentum, weight_decay=decay, **settings)
+    else:
+        adamw = torch.optim.AdamW(parameter_groups(model, optimizer.weight_decay), **settings)
     return adamw, torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: lr_factor(schedule, step, total_steps))
 
 
