@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from zoo.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
-from zoo.model import build
+from zoo.model import Decoder, build
 from zoo.moe.clamped import clamped_grouped, clamped_loop, clamped_split, clamped_swiglu
 from zoo.moe.dispatch import LocalDispatcher, weighted_sum
 from zoo.moe.experts import GEGLUExperts, experts_grouped, experts_loop, experts_split
 from zoo.moe.layer import MoE
 from zoo.moe.router import RouterOutput
+from zoo.registry import find_spec
 
 D, FFN = 16, 24
 
@@ -170,7 +171,7 @@ def config(**moe: object) -> ModelConfig:
 
 
 @pytest.mark.parametrize("gate", [False, True])
-def test_layer_equals_its_equation_token_by_token(gate: bool) -> None:
+def test_row_11_layer_equals_its_equation_token_by_token_with_and_without_gate(gate: bool) -> None:
     model = build(config(num_shared_experts=2, shared_expert_gate=gate), dtype=torch.float64)
     layer = model.layers[0].ffn
     assert isinstance(layer, MoE)
@@ -190,6 +191,15 @@ def test_layer_equals_its_equation_token_by_token(gate: bool) -> None:
             y = y * (layer.shared_expert_gate.weight @ token).sigmoid()
         torch.testing.assert_close(out.flatten(0, 1)[t], expected + y)
     assert routing.experts.shape == (6, 2)
+
+
+def test_row_11_qwen_models_differ_in_gate_norm_and_shared_experts() -> None:
+    with torch.device("meta"):
+        gated, plain = (Decoder(find_spec(name).model).layers[0] for name in ("qwen2-moe-tiny", "qwen3-moe-tiny"))
+    assert gated.ffn.shared_expert_gate.weight.shape == (1, 128) and gated.ffn.shared_experts is not None
+    assert not gated.ffn.router.config.norm_topk_prob and not list(gated.mixer.q_norm.parameters())
+    assert plain.ffn.shared_expert_gate is None and plain.ffn.shared_experts is None
+    assert plain.ffn.router.config.norm_topk_prob and plain.mixer.q_norm.weight.shape == (plain.mixer.head_dim,)
 
 
 def test_whole_layer_gradient_by_finite_differences() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zoo.config import MoEConfig
+from zoo.config import ModelConfig, MoEConfig
 from zoo.moe.router import BiasedRouter, Router, limit_groups, update_selection_bias
+from zoo.registry import find_spec
 
 BASE: dict[str, Any] = {
     "num_experts": 4,
@@ -55,7 +57,7 @@ def test_a_bias_of_the_logits_counts_in_choice_and_weight() -> None:
     torch.testing.assert_close(out.weights, torch.tensor([[3.0, 2.0]]).softmax(-1))
 
 
-def test_row_5_deepseek_v2_groups_by_their_maximum() -> None:
+def test_row_05_deepseek_v2_groups_by_their_maximum() -> None:
     # Groups {0,1} {2,3} {4,5}: maxima 5, 4, 3 choose groups 0 and 1; sums of two would choose groups 1 and 2.
     logits = [[5.0, -9.0, 4.0, 3.9, 3.0, 2.9]]
     out = router_of(logits, num_groups=3, top_k_groups=2, top_k=3, norm_topk_prob=False, routed_scaling_factor=16.0)
@@ -65,7 +67,7 @@ def test_row_5_deepseek_v2_groups_by_their_maximum() -> None:
     assert dict(zip(out.experts[0].tolist(), out.weights[0].tolist(), strict=True)) == pytest.approx(expected)
 
 
-def test_row_6_deepseek_v3_selects_with_the_bias_and_weighs_without() -> None:
+def test_row_06_deepseek_v3_selects_with_the_bias_and_weighs_without() -> None:
     scores = [0.9, 0.1, 0.6, 0.5, 0.2, 0.3]
     logits = [[math.log(s / (1 - s)) for s in scores]]
     # s + b: 0.9, 0.1 | 0.6, 0.5 | 0.7, 0.8. Sums of two: 1.0, 1.1, 1.5 choose groups 2 and 1; maxima would choose 0.
@@ -82,7 +84,7 @@ def test_row_6_deepseek_v3_selects_with_the_bias_and_weighs_without() -> None:
     assert out.weights[0].tolist() == pytest.approx([2.5 * 0.3 / 0.5, 2.5 * 0.2 / 0.5], rel=1e-5)
 
 
-def test_row_6_a_negative_bias_never_lets_another_group_in() -> None:
+def test_row_06_a_negative_bias_never_lets_another_group_in() -> None:
     out = router_of(
         [[0.0] * 4], bias=[-5.0, -6.0, -7.0, -8.0], score_func="sigmoid", num_groups=2, top_k_groups=1, top_k=2
     )
@@ -112,6 +114,22 @@ def test_row_07_casting_keeps_every_bit_of_the_bias() -> None:
     router.bfloat16()
     assert router.weight.dtype == torch.bfloat16
     assert torch.equal(router.bias, before)
+
+
+def test_row_12_the_one_weight_of_top_1_carries_the_gradient_of_the_router() -> None:
+    """Where it is not renormalised: so it is 1 whatever the logits are, and the config refuses that."""
+    with pytest.raises(ValueError, match=r"moe.top_k = 1: with norm_topk_prob = true .* the router gets no gradient"):
+        model_of(MoEConfig(**{**BASE, "top_k": 1}))
+    for norm, moves in ((True, False), (False, True)):
+        router = Router(8, MoEConfig(**{**BASE, "top_k": 1, "norm_topk_prob": norm}))
+        torch.nn.init.normal_(router.weight)
+        router(torch.randn(16, 8)).weights.sum().backward()
+        assert router.weight.grad is not None
+        assert (router.weight.grad.abs().max().item() > 1e-6) == moves
+
+
+def model_of(moe: MoEConfig) -> ModelConfig:
+    return dataclasses.replace(find_spec("mixtral-tiny").model, moe=moe)
 
 
 @pytest.mark.parametrize("how", ["bf16 weights", "autocast"])
