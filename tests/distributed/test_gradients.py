@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from zoo.model import build
-from zoo.moe.balance import load_balance_loss
+from zoo.moe.balance import communication_balance_loss, device_balance_loss, load_balance_loss, sent_tokens
 from zoo.moe.stats import expert_counts
 from zoo.parallel.apply import ParallelOptions
 from zoo.parallel.grads import all_finite, global_norm, set_last_micro_batch, sum_over_data
@@ -101,7 +101,7 @@ def test_sums_go_over_data_ranks_only(pools: Pools) -> None:
 
 
 def balance_gradients(layout: Layout | None) -> dict[str, np.ndarray]:
-    """Of the load-balance loss over the global batch: on a rank of a layout, or of all rows on one process."""
+    """Of the balance losses over the global batch: on a rank of a layout, or of all rows on one process."""
     if layout is None:
         model, ranks, total = build(MODELS["mixtral"], seed=3, dtype=torch.float64), range(4), lambda x: x
     else:
@@ -111,12 +111,17 @@ def balance_gradients(layout: Layout | None) -> dict[str, np.ndarray]:
     outputs = model(ids).router_outputs
     counts = total(torch.stack([expert_counts(o) for o in outputs]))
     tokens = torch.tensor(ids.numel())
-    (load_balance_loss(outputs, counts=list(counts)) * tokens / total(tokens)).backward()
+    sent = total(torch.stack([sent_tokens(o, 4) for o in outputs])) / total(tokens)
+    loss = load_balance_loss(outputs, counts=list(counts)) + device_balance_loss(outputs, 4, counts=list(counts))
+    loss = loss + communication_balance_loss(outputs, 4, 2, sent=list(sent))
+    (loss * tokens / total(tokens)).backward()
     return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("layout", [Layout("fsdp", 4), Layout("ep_fsdp", 4, expert=4)], ids=["fsdp4", "ep4"])
-def test_a_balance_loss_over_the_global_batch_does_not_depend_on_its_split(pools: Pools, layout: Layout) -> None:
+def test_row_03_balance_losses_over_the_global_batch_do_not_depend_on_its_split_over_ranks(
+    pools: Pools, layout: Layout
+) -> None:
     expected = balance_gradients(None)
     assert np.abs(expected["layers.1.ffn.router.weight"]).max() > 1e-4
     for result in pools[4].run(balance_gradients, layout):
