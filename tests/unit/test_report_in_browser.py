@@ -15,6 +15,10 @@ from made_reports import large_report, small_report
 
 from zoo.harness.drawing import palette
 from zoo.harness.report import write_report
+from zoo.inspect.inspection import Settings
+from zoo.inspect.report import inspect, write_inspection
+from zoo.inspect.text import read_text
+from zoo.weights.loading import load_with_tokenizer
 
 pytestmark = pytest.mark.browser
 
@@ -81,12 +85,27 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The page of a small report and of a large one, which has all that makes pages wide."""
+    """The page of a small report, of a large one, which has all that makes pages wide, and of an inspection."""
     made = {"small": small_report(), "large": large_report()}
-    return {name: write_report(report, tmp_path_factory.mktemp(name))[1] for name, report in made.items()}
+    pages = {name: write_report(report, tmp_path_factory.mktemp(name))[1] for name, report in made.items()}
+    return pages | {"routers": inspection(tmp_path_factory.mktemp("routers"))}
 
 
-@pytest.fixture(scope="module", params=[("small", 400), ("large", 400), ("large", 1400)], ids=str)
+def inspection(directory: Path) -> Path:
+    """The page of ``zoo inspect`` with every section, of a model with many experts and shared ones."""
+    texts = {"capitals": "The capital of Ghana is Accra.\n", "questions": "Question: Is Oslo in Norway?\nAnswer: yes\n"}
+    for name, text in texts.items():
+        (directory / f"{name}.txt").write_text(60 * text, encoding="utf-8")
+    model, tokenizer = load_with_tokenizer("facts-deepseek-moe", device="cpu")
+    given = [read_text(str(directory / f"{name}.txt"), tokenizer, 1000) for name in texts]
+    other = {"an-earlier-checkpoint-of-the-run": lambda: model}
+    return write_inspection(inspect("facts-deepseek-moe", model, tokenizer, given, Settings(), other), directory)[0]
+
+
+PAGES = [("small", 400), ("large", 400), ("large", 1400), ("routers", 400), ("routers", 1400)]
+
+
+@pytest.fixture(scope="module", params=PAGES, ids=str)
 def page(request: pytest.FixtureRequest, browser: Browser, reports: dict[str, Path]) -> Browser:
     """The browser with a report open in it."""
     name, width = request.param
@@ -109,7 +128,7 @@ def test_every_plot_is_drawn(page: Browser, tmp_path: Path) -> None:
     for plot in plots:
         x, y, width, height = plot["box"]
         assert plot["visible"] and width > 300 and height > 100, plot
-        heat_map = re.search("load|fire", plot["label"].partition(".")[0])
+        heat_map = re.search("load|fire|chosen|Similarity", plot["label"].partition(".")[0])
         assert len(plot["pictures"]) >= (2 if heat_map else 0), f"{plot['label']}: map and colours are pictures"
         assert all(min(picture) > 0 for picture in plot["pictures"]), plot
         assert len(np.unique(pixels[y : y + height, x : x + width])) > 20, f"{plot['label']}: it is empty"
