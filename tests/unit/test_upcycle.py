@@ -14,6 +14,7 @@ from torch import Tensor
 
 from zoo.cli.main import main
 from zoo.config import ModelSpec, MoEConfig, load_spec, save_spec
+from zoo.config_routing import RoutingConfig, TemperatureConfig
 from zoo.model import Decoder, build
 from zoo.moe.layer import MoE
 from zoo.registry import find_spec
@@ -94,6 +95,17 @@ EXACT_CONFIGS = {
     "two parts of four shared": replace(SPARSE, **PARTS, num_shared_experts=2),
     "every second layer": replace(SPARSE, layer_interval=2),
     "the first layer dense": replace(SPARSE, first_k_dense=1),
+    "noise, jitter, dropout and capacity, while training": replace(
+        SPARSE,
+        expert_dropout=0.1,
+        routing=RoutingConfig(noise=True, jitter=0.1, router_dropout=0.1, capacity_factor=1.0),
+    ),
+    "balanced plans while training, annealed": replace(
+        SPARSE, routing=RoutingConfig(choice="sinkhorn", temperature=TemperatureConfig(start=2.0, end=1.0, steps=10))
+    ),
+    "hash, which takes neighbours": replace(
+        SPARSE, **PARTS, norm_topk_prob=False, routing=RoutingConfig(choice="hash")
+    ),
     "all experts, not normalised": replace(SPARSE, top_k=8, norm_topk_prob=False),
 }
 
@@ -110,6 +122,8 @@ INEXACT = {
     "norm_topk_prob = False": replace(SPARSE, norm_topk_prob=False),
     "top_k = 6 is no multiple of the 4 parts": replace(SPARSE, **(PARTS | {"top_k": 6})),
     "num_groups = 4 cuts through": replace(SPARSE, **(PARTS | {"num_experts": 24}), num_groups=4, top_k_groups=2),
+    "eval_capacity_factor = 0.5": replace(SPARSE, routing=RoutingConfig(eval_capacity_factor=0.5)),
+    "choice = expert": replace(SPARSE, norm_topk_prob=False, routing=RoutingConfig(choice="expert")),
     "scaled_input = True": replace(SPARSE, top_k=1, norm_topk_prob=False, scaled_input=True),
 }
 

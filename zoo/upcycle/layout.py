@@ -31,9 +31,11 @@ EXACT_FIELDS = frozenset(
         *("num_experts", "top_k", "moe_intermediate_size", "score_func", "norm_topk_prob", "routed_scaling_factor"),
         *("num_groups", "top_k_groups", "group_score", "router_bias", "router_logit_bias"),
         *("num_shared_experts", "shared_expert_gate", "first_k_dense", "layer_interval"),
+        *("expert_dropout", "routing"),
     )
 )
-"""Of ``MoEConfig``, what the first forward is known to be equal with; any other that is set makes it another."""
+"""Of ``MoEConfig``, what the first forward, outside of training, can be equal with; any other that is set makes it
+another."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,15 @@ def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _sum_of_weights(moe: MoEConfig) -> float:
     """Σ of a token's weights: always, where they are normalised, or of a router whose logits are all 0."""
     score = 1 / moe.num_experts if moe.score_func == "softmax" else 0.5
-    return moe.routed_scaling_factor * (1.0 if moe.norm_topk_prob else moe.top_k * score)
+    return moe.routed_scaling_factor * (1.0 if _normalised(moe) else moe.top_k * score)
+
+
+def _normalised(moe: MoEConfig) -> bool:
+    return moe.norm_topk_prob or _choice(moe) == "hash"
+
+
+def _choice(moe: MoEConfig) -> str:
+    return "token" if moe.routing is None else moe.routing.choice
 
 
 def _why_inexact(moe: MoEConfig, routed: int) -> str | None:
@@ -171,7 +181,11 @@ def _why_inexact(moe: MoEConfig, routed: int) -> str | None:
         value = getattr(moe, field.name)
         if value != getattr(plain, field.name):
             return f"moe.{field.name} = {value}"
-    if not moe.norm_topk_prob and not (moe.score_func == "softmax" and moe.top_k == moe.num_experts):
+    if moe.routing is not None and moe.routing.eval_capacity_factor is not None:
+        return f"moe.routing.eval_capacity_factor = {moe.routing.eval_capacity_factor}: full experts leave tokens out"
+    if _choice(moe) == "expert":
+        return "moe.routing.choice = expert: a token may have none"
+    if not _normalised(moe) and not (moe.score_func == "softmax" and moe.top_k == moe.num_experts):
         return "moe.norm_topk_prob = False: the weights of a token's experts do not add up to the same for all tokens"
     if moe.top_k % routed:
         return f"moe.top_k = {moe.top_k} is no multiple of the {routed} parts that routed experts hold"

@@ -206,8 +206,10 @@ class _Maker:
                     yield name, down[:, : shape[1]] * self._plan.shared_scale
                 case ["shared_expert_gate", _]:
                     yield name, gate.new_zeros(shape)
+                case _ if name in self._buffers:
+                    yield name, torch.zeros(shape)  # in fp32, whatever the model is in
                 case _:
-                    yield name, self._router(name).to(torch.float32 if name in self._buffers else gate.dtype)
+                    yield name, self._router(name).to(gate.dtype)
 
     def _gate_up(self, prefix: str, stacked: Tensor, gate: Tensor, up: Tensor) -> Tensor:
         for expert, units in self._experts():
