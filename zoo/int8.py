@@ -27,11 +27,13 @@ def quantize_int8(model: Decoder) -> None:
     """Replace the FFNs and experts of ``model`` by ``Int8Linear`` and ``Int8Experts``, layer by layer and in place.
 
     Raises:
-        ValueError: the model is not on a CPU, or its experts have biases.
+        ValueError: the model is not on a CPU, or its experts have biases or an adapter.
     """
     device = model.embed_tokens.weight.device
     if device.type != "cpu":
         raise ValueError(f"int8 on {device}: only a CPU gains from it; use device cpu, or dtype bfloat16")
+    if any(isinstance(block.ffn, MoE) and not isinstance(block.ffn.experts, Experts) for block in model.layers):
+        raise ValueError("int8: experts with an adapter are not supported; merge it, or use dtype bfloat16")
     if any(isinstance(module, ClampedExperts) for module in model.modules()):
         raise ValueError("int8: experts with biases and a clamp are not supported; use dtype bfloat16")
     for ffn in [block.get_submodule("ffn") for block in model.layers]:

@@ -2,7 +2,7 @@
 
 In a fenced ``console`` block after the line ``<!-- tested -->``, a line that starts with ``$`` is a command, lines that
 start with ``>`` continue it, and the others are what it must print; ``...`` stands for any lines. The blocks of a file
-share one directory, in which ``configs``, ``evaluation`` and ``scripts`` are the checkout's and nothing else is.
+share one directory, which has nothing but ``checkpoints``, ``configs``, ``evaluation`` and ``scripts`` of the checkout.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ DOCUMENTS = [
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_print_what_the_document_shows(document: Path, tmp_path: Path) -> None:
-    for folder in ("configs", "evaluation", "scripts"):
+    for folder in ("checkpoints", "configs", "evaluation", "scripts"):
         (tmp_path / folder).symlink_to(REPOSITORY / folder)
     zoo = tmp_path / "bin" / "zoo"
     zoo.parent.mkdir()

@@ -17,6 +17,8 @@ what is trained:
   --model.z_loss_coef X              weight of the router z-loss
   --model.bias_update_rate X         step of the selection bias of loss-free balancing
                                      a weight is a number, or a ramp: '{start: 0.01, end: 0, to_step: 1000}'
+  --finetune CONFIG                  of a trained model: a part or adapter (docs/finetuning.md): '{train: [experts]}',
+                                     '{freeze: [router]}', '{lora: {targets: [experts, attention], rank: 8}}'
   --seed_everything N                seed of the weights
 
 on what, how long:
