@@ -17,7 +17,7 @@ from zoo.describe.diff import as_markdown, as_text, diff
 from zoo.describe.rows import LABELS, describe, number
 from zoo.describe.svg import svg_drawing
 from zoo.describe.text_drawing import text_drawing
-from zoo.registry import find_spec, model_names
+from zoo.registry import find_spec, model_names, paper_names
 
 
 def differing(a: str, b: str) -> dict[str, tuple[Any, Any]]:
@@ -103,7 +103,7 @@ class TestDiff:
         assert number(value) == text
 
 
-@pytest.mark.parametrize("name", model_names())
+@pytest.mark.parametrize("name", [*model_names(), *paper_names()])
 class TestDrawings:
     def test_lines_meet(self, name: str) -> None:
         """Every vertical line goes on in the line below it, or ends at a text or a box."""
@@ -124,6 +124,8 @@ class TestDrawings:
         text = text_drawing(block_drawing(config))
         assert f"{config.hidden_size:,} wide" in text
         if config.moe:
+            if config.moe.routing and config.moe.routing.capacity_factor:
+                assert f"capacity factor {config.moe.routing.capacity_factor:g} in training" in text
             assert f"{config.moe.top_k} of {config.moe.num_experts} experts" in text
             assert ("shared" in text) == (config.moe.num_shared_experts > 0)
             assert f"{config.moe.moe_intermediate_size:,} wide" in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zoo.config import AttentionConfig, MambaConfig, MLAConfig, ModelConfig, MoEConfig
+from zoo.config_routing import RoutingConfig
 from zoo.describe.rows import WORDS, attention_kind, number
 
 
@@ -132,7 +133,28 @@ def _router(moe: MoEConfig) -> Part:
         lines.append("weights " + ", ".join(weights))
     if moe.scaled_input:
         lines.append("the weight multiplies the input")
-    return Part("Router", tuple(lines))
+    return Part("Router", (*lines, *(_routing(moe.routing) if moe.routing else ())))
+
+
+def _routing(r: RoutingConfig) -> list[str]:
+    lines = []
+    if r.choice != "token":
+        lines.append(
+            {"expert": "experts choose tokens", "sinkhorn": "balanced while training", "hash": "by the token's id"}[
+                r.choice
+            ]
+        )
+    if r.dense_training:
+        lines.append("all of them while training")
+    if r.second_expert_threshold:
+        lines.append(f"the second used with probability weight / {number(r.second_expert_threshold)}")
+    capacities = [(r.capacity_factor, "training"), (r.eval_capacity_factor, "evaluation")]
+    limits = [f"{number(factor)} in {phase}" for factor, phase in capacities if factor]
+    if limits:
+        lines.append("capacity factor " + ", ".join(limits))
+    explored = {"noise": r.noise, "jitter": r.jitter, "dropout": r.router_dropout, "temperature": r.temperature}
+    found = [name for name, given in explored.items() if given]
+    return lines + (["logits with " + ", ".join(found)] if found else [])
 
 
 def _experts(moe: MoEConfig, gate: str) -> Experts:
