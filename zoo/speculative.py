@@ -94,6 +94,12 @@ def check_speculative(model: Decoder) -> None:
         raise ValueError("speculative decoding: the model has no MTP modules (mtp_depth = 0); decode without it")
     if model.config.mamba is not None:
         raise ValueError("speculative decoding: recurrent layers cannot take back rejected tokens; decode without it")
+    routing = model.config.moe.routing if model.config.moe else None
+    if routing is not None and routing.eval_capacity_factor is not None:
+        raise ValueError(
+            "speculative decoding: with moe.routing.eval_capacity_factor drafts compete for places in the experts; "
+            "decode without it"
+        )
 
 
 def _greedy(logits: Tensor) -> list[int]:

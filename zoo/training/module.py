@@ -195,7 +195,7 @@ class ZooModule(LightningModule):
         if moe is not None and moe.routing is not None and not moe.routing.causal_in_training:
             self._say(
                 f"warning: with moe.routing.choice = {moe.routing.choice}, experts of a token depend on later tokens "
-                "while training: the training loss may be too low"
+                f"{'while' if moe.routing.causal else 'after and while'} training: the loss may be too low"
             )
 
     # -------------------------------------------------------------------------------------------------------------
