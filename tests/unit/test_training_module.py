@@ -328,16 +328,13 @@ def test_loss_spikes_are_skipped_up_to_a_limit_also_after_a_stop(
     # Step 1 is before the window is full; of five in a row the first three are skipped.
     module = train(16)
     assert [step for step, was in enumerate(skipped) if was] == [6, 9, 10, 11]
-    assert (module.skipped.total, module.skipped.spikes, module.step_metrics["train/skipped_spikes"].item()) == (
-        4,
-        4,
-        4,
-    )
+    assert (module.guard.skipped.total, module.guard.skipped.spikes) == (4, 4)
+    assert module.step_metrics["train/skipped_spikes"].item() == 4
     assert re.fullmatch(r"step 7 is skipped: gradient norm \S+ is above \S+", capsys.readouterr().err.splitlines()[0])
 
     train(11)
     again = train(16, tmp_path / "11.ckpt")
-    assert again.skipped == module.skipped
+    assert again.guard.skipped == module.guard.skipped
     for name, value in module.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
 
@@ -356,7 +353,7 @@ def test_a_step_that_is_not_finite_moves_nothing_but_the_schedule_and_the_data(k
     schedule = ScheduleConfig(warmup_steps=3)
     module = ZooModule("deepseek-v3-tiny", BIASED, bias_update_rate=0.01, seed=1, schedule=schedule)
     train_poisoned(module, kind, (0, 3), tmp_path)
-    assert (module.skipped.total, module.skipped.in_a_row) == (2, 0)
+    assert (module.guard.skipped.total, module.guard.skipped.in_a_row) == (2, 0)
     assert module.step_metrics["train/skipped_steps"].item() == 2
 
     model = build(module.spec.model, seed=1)
@@ -383,7 +380,7 @@ def test_a_step_that_is_not_finite_moves_nothing_but_the_schedule_and_the_data(k
 def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     patient = ZooModule("mixtral-tiny", SMALL, max_skipped_steps=2)
     train_poisoned(patient, "gradient", (0, 1, 3, 4), tmp_path)
-    assert patient.skipped.total == 4
+    assert patient.guard.skipped.total == 4
     module = ZooModule("mixtral-tiny", SMALL, max_skipped_steps=2)
     with pytest.raises(ValueError, match="training loss = nan at step 4, after 2 skipped steps in a row"):
         train_poisoned(module, "loss", (1, 2, 3), tmp_path)

@@ -17,6 +17,29 @@ AllFinite = Callable[[Tensor], Tensor]
 """Values → which of them are finite, on every rank alike."""
 
 
+def describe(
+    name: str, model: nn.Module, forwards: Iterable[Callable[[], Any]], all_finite: AllFinite = torch.isfinite
+) -> str:
+    """Where the value ``name``, which is not finite, comes from.
+
+    Args:
+        name: ``loss``, or another for the norm of the gradients that ``model`` has.
+        model: Whose.
+        forwards: The forward pass of each micro-batch, to be run again.
+        all_finite: On several ranks, that of all.
+    """
+    if name != "loss":
+        parameter = of_backward(model, all_finite)
+        return (
+            f"first in the gradient of {parameter}" if parameter else "though every gradient is: their squares are not"
+        )
+    for forward in forwards:
+        module = of_forward(model, forward, all_finite)
+        if module:
+            return f"first in the output of {module}"
+    return "though the output of every module is"
+
+
 @torch.no_grad()
 def of_forward(model: nn.Module, forward: Callable[[], Any], all_finite: AllFinite = torch.isfinite) -> str | None:
     """Name of the module in ``model`` whose output is the first that is not finite while ``forward()`` runs it again.

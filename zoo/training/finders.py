@@ -52,7 +52,7 @@ def find_lr(trainer: Trainer, module: ZooModule, data: TokenDataModule, run: Pat
         ValueError: too few steps before the loss grew.
     """
     # The end of the range is meant to diverge.
-    module.max_skipped_steps = LR_STEPS
+    module.guard.max_not_finite = LR_STEPS
     smallest, largest = LR_RANGE
     finder = Tuner(trainer).lr_find(
         module, datamodule=data, min_lr=smallest, max_lr=largest, num_training=LR_STEPS, update_attr=False

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,51 +53,103 @@ class SkippedSteps:
     recent: list[list[float]] = field(default_factory=list)
     """[loss, gradient norm] of the last steps taken, as many as spikes are measured by."""
 
+
+class StepGuard:
+    """Decides of every optimizer step whether it is taken, and remembers what that depends on.
+
+    Args:
+        max_not_finite: Steps in a row that may be skipped because they are not finite.
+        spikes: What else is skipped, if anything.
+
+    Raises:
+        ValueError: a negative number.
+    """
+
+    def __init__(self, max_not_finite: int, spikes: SpikeConfig | None) -> None:
+        if max_not_finite < 0:
+            raise ValueError(f"model.max_skipped_steps = {max_not_finite}: give 0 or more")
+        self.max_not_finite = max_not_finite
+        self.spikes = spikes
+        self.skipped = SkippedSteps()
+
     @property
-    def last(self) -> bool:
+    def skipped_last(self) -> bool:
         """Whether the last step was skipped."""
-        return self.in_a_row > 0 or self.spikes_in_a_row > 0
+        return self.skipped.in_a_row > 0 or self.skipped.spikes_in_a_row > 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return asdict(self)
+    def not_finite(self, step: int, name: str, where: str) -> str:
+        """Count a step in which the value ``name`` is not finite, because of ``where``.
 
-    def spike(self, config: SpikeConfig, values: list[float]) -> str | None:
-        """What of ``values``, [loss, gradient norm], lies far above the last steps, if anything does."""
-        if len(self.recent) < config.window or self.spikes_in_a_row >= config.max_in_a_row:
+        Args:
+            step: Counted from 1.
+
+        Returns:
+            A line that says so.
+
+        Raises:
+            ValueError: there were too many in a row.
+        """
+        before = self.skipped.in_a_row
+        if before == self.max_not_finite:
+            raise ValueError(
+                f"training {name} = nan at step {step}, after {before} skipped steps in a row, {where}: the run is "
+                "stopped before the update; lower model.optimizer.lr, lengthen model.schedule.warmup_steps, or set "
+                "trainer.gradient_clip_val"
+            )
+        self.skipped.total += 1
+        self.skipped.in_a_row += 1
+        self.skipped.spikes_in_a_row = 0
+        return f"step {step} is skipped: training {name} is not finite, {where}"
+
+    def finite(self, step: int, values: Tensor, agree: Callable[[bool], bool]) -> str | None:
+        """Count a step with finite ``values``, loss and gradient norm.
+
+        Args:
+            step: Counted from 1.
+            agree: Whether any rank holds it for a spike; rounding may differ where ranks add in another order.
+
+        Returns:
+            A line if it is a spike, and to be skipped.
+        """
+        state = self.skipped
+        state.in_a_row = 0
+        if self.spikes is None:
             return None
-        for name, value, before in zip(("loss", "gradient norm"), values, zip(*self.recent, strict=True), strict=True):
-            limit = robust_limit(before, config.threshold)
+        numbers = values.tolist()
+        spike = self._spike(self.spikes, numbers)
+        if agree(spike is not None):
+            state.total += 1
+            state.spikes += 1
+            state.spikes_in_a_row += 1
+            return f"step {step} is skipped: {spike or 'a spike on another rank'}"
+        # After so many spikes this is the level from now on.
+        kept = [] if state.spikes_in_a_row >= self.spikes.max_in_a_row else state.recent[1 - self.spikes.window :]
+        state.recent = [*kept, numbers]
+        state.spikes_in_a_row = 0
+        return None
+
+    def _spike(self, config: SpikeConfig, values: list[float]) -> str | None:
+        """What of ``values`` lies far above the last steps, if anything does."""
+        before = self.skipped.recent
+        if len(before) < config.window or self.skipped.spikes_in_a_row >= config.max_in_a_row:
+            return None
+        for name, value, usual in zip(("loss", "gradient norm"), values, zip(*before, strict=True), strict=True):
+            limit = robust_limit(usual, config.threshold)
             if value > limit:
                 return f"{name} {value:.4g} is above {limit:.4g}"
         return None
 
-    def count_taken(self, config: SpikeConfig | None, values: list[float]) -> None:
-        """Count a step that is taken, with its [loss, gradient norm]."""
-        if config is not None:
-            # After so many spikes this is the level from now on.
-            kept = [] if self.spikes_in_a_row >= config.max_in_a_row else self.recent[1 - config.window :]
-            self.recent = [*kept, values]
-        self.in_a_row = self.spikes_in_a_row = 0
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return asdict(self.skipped)
 
-    def count_spike(self) -> None:
-        """Count a finite step that is skipped."""
-        self.total += 1
-        self.spikes += 1
-        self.in_a_row = 0
-        self.spikes_in_a_row += 1
-
-    def count_not_finite(self) -> None:
-        """Count a step that is skipped because it is not finite."""
-        self.total += 1
-        self.in_a_row += 1
-        self.spikes_in_a_row = 0
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.skipped = SkippedSteps(**state)
 
 
 def robust_limit(values: tuple[float, ...], threshold: float) -> float:
     """Median of ``values`` plus ``threshold`` robust standard deviations."""
     middle = statistics.median(values)
     deviation = 1.4826 * statistics.median(abs(value - middle) for value in values)
-    limit = middle + threshold * max(deviation, 0.01 * abs(middle))
-    assert math.isfinite(limit)
-    return limit
+    return middle + threshold * max(deviation, 0.01 * abs(middle))

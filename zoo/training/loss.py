@@ -123,6 +123,22 @@ class Objective:
             total = total + weight * getattr(sums, term)
         return total
 
+    def metrics(self, sums: StepSums, config: ModelConfig) -> dict[str, Tensor]:
+        """What is logged of the terms beside the likelihood, before their weights; means over labels."""
+        moe, labels = config.moe, sums.labels.clamp(min=1)
+        shown: dict[str, Tensor] = {"mtp_loss": sums.mtp_nll} if self.mtp_coef else {}
+        if moe is not None:
+            shown["load_balance_loss"] = sums.load_balance
+        if self.balance_devices:
+            shown["device_balance_loss"] = sums.device_balance
+            shown["communication_balance_loss"] = sums.communication_balance
+        if moe is not None:
+            shown["z_loss"] = sums.z
+        logged = {f"train/{name}": term / labels for name, term in shown.items()}
+        if moe is not None and moe.routing is not None and moe.routing.capacity_factor:
+            logged["train/dropped_fraction"] = sums.dropped / sums.expert_counts.sum().clamp(min=1)
+        return logged
+
 
 def mtp_nll(nll: TokenLoss, hidden: Sequence[Tensor], labels: Tensor, document_ids: Tensor) -> Tensor:
     """Mean over MTP modules k = 1, 2, … of their sums of −ln p (DeepSeek-V3, arXiv 2412.19437, equations 24 and 25).

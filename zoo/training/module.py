@@ -32,7 +32,7 @@ from zoo.parallel.strategy import MoEParallelStrategy
 from zoo.registry import find_spec, own_checkpoint
 from zoo.training import culprit
 from zoo.training.averaging import ExponentialAverage
-from zoo.training.guard import SkippedSteps, SpikeConfig
+from zoo.training.guard import SpikeConfig, StepGuard
 from zoo.training.loss import Objective, Scope, StepSums, label_count, micro_batch_sums
 from zoo.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer
 from zoo.training.ramp import Weight, check_weight, weight_at
@@ -112,13 +112,9 @@ class ZooModule(LightningModule):
         self.optimizer_config = optimizer
         self.schedule = schedule
         self.seed = seed
-        self.max_skipped_steps = max_skipped_steps
-        self.spikes = spikes
+        self.guard = StepGuard(max_skipped_steps, spikes)
         self.average = ExponentialAverage(ema_decay) if ema_decay else None
         self.recompute = recompute
-        self.skipped = SkippedSteps()
-        if max_skipped_steps < 0:
-            raise ValueError(f"model.max_skipped_steps = {max_skipped_steps}: give 0 or more")
         self._check_bias(self.spec.model)
         self.objective = Objective(
             load_balance_coef=load_balance_coef,
@@ -292,78 +288,37 @@ class ZooModule(LightningModule):
         values = torch.stack((loss, norm))
         finite = values.isfinite() if parallel is None else parallel.all_finite(values)
         loss, norm = values.where(finite, torch.nan)
-        if not finite.all():
-            self._skip_not_finite("gradient norm" if finite[0] else "loss")
-        else:
-            self._skip_spike(values)
-        if self.skipped.last:
+        self._judge(values, finite)
+        if self.guard.skipped_last:
             optimizer.zero_grad()
         self.step_metrics = {
             "train/loss": loss,
             "train/lm_loss": sums.nll / labels,
             "train/grad_norm": norm,
             "train/lr": torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64),
-            "train/skipped_steps": torch.tensor(self.skipped.total),
+            "train/skipped_steps": torch.tensor(self.guard.skipped.total),
         }
-        if self.spikes is not None:
-            self.step_metrics["train/skipped_spikes"] = torch.tensor(self.skipped.spikes)
-        shown = {
-            "mtp_loss": sums.mtp_nll if self.mtp_coef else None,
-            "load_balance_loss": sums.load_balance if self.spec.model.moe else None,
-            "device_balance_loss": sums.device_balance if self.objective.balance_devices else None,
-            "communication_balance_loss": sums.communication_balance if self.objective.balance_devices else None,
-            "z_loss": sums.z if self.spec.model.moe else None,
-        }
-        moe = self.spec.model.moe
-        if moe and moe.routing and moe.routing.capacity_factor:
-            self.step_metrics["train/dropped_fraction"] = sums.dropped / sums.expert_counts.sum().clamp(min=1)
-        self.step_metrics |= {f"train/{name}": term / labels for name, term in shown.items() if term is not None}
+        if self.guard.spikes is not None:
+            self.step_metrics["train/skipped_spikes"] = torch.tensor(self.guard.skipped.spikes)
+        self.step_metrics |= self.objective.metrics(sums, self.spec.model)
 
-    def _skip_not_finite(self, name: str) -> None:
-        """Count a step in which the value ``name`` is not finite, and say so, and where that begins."""
-        where = self._culprit(name)
-        step, before = self._steps_taken + 1, self.skipped.in_a_row
-        if before == self.max_skipped_steps:
-            raise ValueError(
-                f"training {name} = nan at step {step}, after {before} skipped steps in a row, {where}: the run is "
-                "stopped before the update; lower model.optimizer.lr, lengthen model.schedule.warmup_steps, or set "
-                "trainer.gradient_clip_val"
-            )
-        self.skipped.count_not_finite()
-        self._say(f"step {step} is skipped: training {name} is not finite, {where}")
-
-    def _culprit(self, name: str) -> str:
-        """Where the value ``name``, which is not finite, comes from."""
+    def _judge(self, values: Tensor, finite: Tensor) -> None:
+        """Count the step with ``values``, loss and gradient norm, which are ``finite`` or not, as taken or skipped."""
         assert self.model is not None
-        all_finite = torch.isfinite if self.parallel is None else self.parallel.all_finite
-        if name != "loss":
-            parameter = culprit.of_backward(self.model, all_finite)
-            return (
-                f"first in the gradient of {parameter}" if parameter else "and every gradient is: their squares are not"
+        step, parallel = self._steps_taken + 1, self.parallel
+        all_finite = torch.isfinite if parallel is None else parallel.all_finite
+        if finite.all():
+            line = self.guard.finite(
+                step, values, lambda spike: not all_finite(values.new_tensor(torch.nan if spike else 0.0))
             )
-        for batch in self.step_batches:
-            with self.trainer.precision_plugin.train_step_context():
-                module = culprit.of_forward(self.model, partial(self, batch), all_finite)
-            if module:
-                return f"first in the output of {module}"
-        return "and every module's output is"
-
-    def _skip_spike(self, values: Tensor) -> None:
-        """Count a step with the finite ``values``, loss and gradient norm: as taken, or as a spike."""
-        if self.spikes is None:
-            self.skipped.count_taken(None, [])
-            return
-        numbers = values.tolist()
-        spike = self.skipped.spike(self.spikes, numbers)
-        if self.parallel is not None:
-            # Rounding may differ where ranks add in another order; all skip or none.
-            agreed = bool(self.parallel.all_finite(values.new_tensor(torch.nan if spike else 0.0)))
-            spike = None if agreed else spike or "a spike on another rank"
-        if spike is None:
-            self.skipped.count_taken(self.spikes, numbers)
         else:
-            self.skipped.count_spike()
-            self._say(f"step {self._steps_taken + 1} is skipped: {spike}")
+            name = "gradient norm" if finite[0] else "loss"
+            with self.trainer.precision_plugin.train_step_context():
+                forwards = [partial(self, batch) for batch in self.step_batches]
+                where = culprit.describe(name, self.model, forwards, all_finite)
+            line = self.guard.not_finite(step, name, where)
+        if line is not None:
+            self._say(line)
 
     def _say(self, line: str) -> None:
         if self.trainer.is_global_zero:
@@ -371,11 +326,11 @@ class ZooModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep how many steps were skipped, and what spikes are measured by."""
-        checkpoint["skipped_steps"] = self.skipped.state_dict()
+        checkpoint["skipped_steps"] = self.guard.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on counting."""
-        self.skipped = SkippedSteps(**checkpoint["skipped_steps"])
+        self.guard.load_state_dict(checkpoint["skipped_steps"])
 
     def configure_gradient_clipping(
         self,
@@ -410,7 +365,7 @@ class ZooModule(LightningModule):
         self.step_batches.clear()
         assert sums is not None and self.model is not None
         self.step_expert_counts = sums.expert_counts
-        if self.bias_update_rate and not self.skipped.last:
+        if self.bias_update_rate and not self.guard.skipped_last:
             routers = [m for m in self.model.modules() if isinstance(m, Router)]
             # Those of MTP modules come last, and have no counts where the modules did not run.
             rate = weight_at(self.bias_update_rate, step)
