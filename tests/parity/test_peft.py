@@ -23,12 +23,11 @@ from zoo.weights import export_checkpoint, save_model
 
 
 def trained(name: str, section: dict[str, Any], directory: Path) -> Decoder:
-    """A random small model, published in ``hf`` and adapted in ``adapter``, as if trained."""
+    """A random small model, in ``base``, and its adapter in ``adapter``, as if trained."""
     spec = find_spec(name)
     spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, num_layers=2, vocab_size=64))
     model = build(spec.model)
     save_model(model, spec, directory / "base")
-    export_checkpoint(directory / "base", directory / "hf")
     finetune = from_dict(FinetuneConfig, section, "finetune")
     adapter = AdapterSpec(base=spec, base_sha256=weights_hash(model), finetune=finetune)
     apply(model, finetune)
@@ -55,6 +54,7 @@ CASES = {
 def test_peft_computes_the_same(name: str, lora: dict[str, Any], tmp_path: Path) -> None:
     ours = trained(name, {"lora": {"rank": 3, "alpha": 6} | lora}, tmp_path)
     assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "peft")]) == 0
+    export_checkpoint(tmp_path / "base", tmp_path / "hf")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     tokens = torch.randint(64, (2, 11))
     before = base(tokens).logits

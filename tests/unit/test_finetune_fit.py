@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,13 +12,23 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load as load_bytes
+from safetensors.torch import load_file, save_file
 
 from zoo.cli.main import main
-from zoo.config import ModelSpec, load_spec
-from zoo.finetune.adapter import load_adapter, read_adapter_spec, weights_hash
-from zoo.finetune.apply import adapted_modules, merge
-from zoo.model import build
+from zoo.config import from_dict, load_spec
+from zoo.finetune.adapter import (
+    AdapterSpec,
+    load_adapter,
+    read_adapter_spec,
+    save_adapter,
+    save_finetuned,
+    weights_hash,
+)
+from zoo.finetune.apply import adapted_modules, apply, merge
+from zoo.finetune.config import FinetuneConfig
+from zoo.int8 import quantize_int8
+from zoo.model import Decoder, build
 from zoo.registry import find_spec
 from zoo.training.fit import FitCLI, fit
 from zoo.weights import load, save_model
@@ -28,8 +39,6 @@ SMALL = {"vocab_size": 300, "hidden_size": 32, "num_layers": 2}
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     """A random sparse model, as a checkpoint."""
-    import dataclasses
-
     spec = find_spec("qwen2-moe-tiny")
     spec = dataclasses.replace(spec, name="base", model=dataclasses.replace(spec.model, **SMALL))
     save_model(build(spec.model), spec, tmp_path / "base")
@@ -95,11 +104,10 @@ def test_lora_on_experts_from_a_checkpoint_to_a_merged_one_and_resumed(
     assert again == (tmp_path / "adapter" / "adapter.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("section", [{"molora": {"num_experts": 2, "rank": 2}}, {"prefix": {"length": 2}}], ids=str)
-def test_what_cannot_be_merged_is_kept_beside_the_base(
-    config: Path, base: Path, tmp_path: Path, section: dict[str, Any], capsys: pytest.CaptureFixture[str]
+def test_lora_experts_with_a_router_are_kept_beside_the_base(
+    config: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert finetune(config, section) == 0
+    assert finetune(config, {"molora": {"num_experts": 2, "rank": 2}}) == 0
     final = tmp_path / "run" / "final"
     model, again = load(final), load(base)
     assert adapted_modules(model)
@@ -115,6 +123,29 @@ def test_what_cannot_be_merged_is_kept_beside_the_base(
         fit(["--config", str(config), "--model.name", str(final), "--trainer.default_root_dir", str(tmp_path / "on")])
     assert main(["export", str(final), str(tmp_path / "hf")]) == 2
     assert "cannot be merged" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="int8: experts with an adapter"):
+        quantize_int8(model)
+
+
+def adapted(base: Path, section: dict[str, Any]) -> tuple[Decoder, AdapterSpec]:
+    """The base with an adapter that has been trained, and what is written of it."""
+    model, spec = load(base), load_spec(base / "zoo.yaml")
+    finetune = from_dict(FinetuneConfig, section, "finetune")
+    adapter = AdapterSpec(base=spec, base_sha256=weights_hash(model), finetune=finetune)
+    apply(model, finetune)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model, adapter
+
+
+def test_prefixes_are_kept_beside_the_base(base: Path, tmp_path: Path) -> None:
+    model, adapter = adapted(base, {"prefix": {"length": 2}, "train": ["norms"]})
+    tokens = torch.randint(300, (1, 8))
+    save_finetuned(model, adapter.base, adapter, tmp_path / "final", None)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "final")(tokens).logits, model(tokens).logits)
 
 
 def test_a_value_of_the_command_line_joins_those_of_the_config(config: Path) -> None:
@@ -152,17 +183,23 @@ def test_a_frozen_router_has_a_frozen_selection_bias(fit_config: Path) -> None:
         finetune(fit_config, {"freeze": ["router"]})
 
 
-def test_an_adapter_of_other_weights_or_cut_short_is_refused(config: Path, base: Path, tmp_path: Path) -> None:
-    assert finetune(config, {"lora": {"targets": ["q_proj"], "rank": 1}}) == 0
-    adapter = tmp_path / "run" / "adapter"
-    model = load(base)
+def test_an_adapter_of_other_weights_or_cut_short_is_refused(base: Path, tmp_path: Path) -> None:
+    model, spec = adapted(base, {"lora": {"targets": ["q_proj"], "rank": 1}})
+    directory = tmp_path / "adapter"
+    save_adapter(model, spec, directory)
+    assert read_adapter_spec(directory) == spec
+    other = load(base)
     with torch.no_grad():
-        model.norm.weight[0] += 1
+        other.norm.weight[0] += 1
     with pytest.raises(ValueError, match="belongs to other weights, of base in float32"):
-        load_adapter(model, adapter)
-    spec: ModelSpec = read_adapter_spec(adapter).base
-    assert spec.name == "base"
-    weights = adapter / "adapter.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-8])
+        load_adapter(other, directory)
+    weights = directory / "adapter.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-8])
     with pytest.raises(ValueError, match=r"adapter.safetensors: cannot be read"):
-        load_adapter(load(base), adapter)
+        load_adapter(load(base), directory)
+    state = load_bytes(whole)
+    del state["layers.0.mixer.q_proj.adapter.a"]
+    save_file(state, weights)
+    with pytest.raises(ValueError, match=r"'layers.0.mixer.q_proj.adapter.a' has shape None, and adapter.yaml needs"):
+        load_adapter(load(base), directory)
