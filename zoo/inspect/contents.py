@@ -83,15 +83,16 @@ def by_layer(report: Mapping[str, Any]) -> list[list[str]]:
     for layer in report["balance"]:
         load = [share * len(layer["load"]) for share in layer["load"]]
         dead = "?" if layer["dead"] is None else str(len(layer["dead"]))
-        numbers = [layer["entropy"], layer["effective_experts"]]
         rows.append(
             [
                 str(layer["layer"]),
-                *(f"{value:.2f}" for value in (max(load), min(load), *numbers)),
+                *(f"{value:.2f}" for value in (max(load), min(load))),
+                f"{layer['entropy']:.3f}",
+                f"{layer['effective_experts']:.2f}",
                 dead,
                 f"{layer['routing_entropy']:.2f}",
                 f"{layer['z']:.3g}",
-                "none" if layer["dropped"] is None else percent(layer["dropped"]),
+                "–" if layer["dropped"] is None else percent(layer["dropped"]),
             ]
         )
     return rows
