@@ -18,6 +18,7 @@ from zoo.config_routing import RoutingConfig, TemperatureConfig
 from zoo.model import Decoder, build
 from zoo.moe.layer import MoE
 from zoo.registry import find_spec
+from zoo.tokenizer import Tokenizer
 from zoo.upcycle import Recipe, derive, layout, upcycle
 from zoo.weights import load, save_model
 
@@ -82,6 +83,23 @@ def test_the_first_forward_equals_the_dense_models(tmp_path: Path, name: str, ki
     assert result.inexact is None
     assert result.difference is not None and result.difference <= 1e-5
     assert difference(dense, tmp_path / "sparse", torch.float32) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_trained_model_with_eight_experts_reads_a_text_as_the_dense_one(tmp_path: Path, shared_data: Path) -> None:
+    dense = shared_data / "models" / "stories260K_hf"
+    upcycle(dense, derive(find_spec(dense), experts=8), tmp_path / "sparse", check=False)
+    text = (shared_data / "text" / "tinystories_sample.txt").read_text(encoding="utf-8")[:4000]
+    tokens = torch.tensor(Tokenizer.load(tmp_path / "sparse").encode(text, bos=True)[:512])
+    for dtype, tolerance in (
+        (torch.float64, 1e-9),
+        (torch.float32, 1e-5 * 20),
+    ):  # of fp32, as part of the largest logit
+        expected, logits = (load(path, dtype=dtype)(tokens[None]).logits for path in (dense, tmp_path / "sparse"))
+        assert expected.abs().max() > 20
+        torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance)
+        losses = [F.cross_entropy(out[0, :-1], tokens[1:]) for out in (expected, logits)]
+        torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-5)
 
 
 PARTS = {"moe_intermediate_size": WIDTH // 4, "num_experts": 16, "top_k": 8}
