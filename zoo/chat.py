@@ -217,7 +217,7 @@ class _Namespace(Namespace):
 class _Generation(Extension):
     """``{% generation %} ... {% endgeneration %}``: what is between is the assistant's (transformers' own tag)."""
 
-    tags = {"generation"}  # noqa: RUF012 as jinja2 declares it
+    tags = {"generation"}  # noqa: RUF012 jinja2 declares it as an attribute of the object
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         line = next(parser.stream).lineno

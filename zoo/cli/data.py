@@ -51,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "which only the answers are learned; may be repeated",
     )
     build.add_argument(
-        "--chat-template", type=Path, metavar="FILE", help="Jinja that writes conversations, for the tokenizer's own"
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="Jinja that writes conversations, in place of the tokenizer's own",
     )
     build.add_argument("--out", required=True, type=Path, metavar="DIR", help="data directory to make")
     build.add_argument(
