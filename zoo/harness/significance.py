@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy.stats import binom, binomtest
 
 from zoo.harness.statistics import Array
-
-Key = TypeVar("Key", bound=Hashable)
 
 SIGNIFICANCE = 0.05
 """Largest p-value, after correction for the number of tasks, at which a task counts as told apart."""
@@ -73,13 +70,20 @@ def combine(p_values: Sequence[float]) -> float:
     return min(1.0, sorted(p_values)[rank - 1] * len(p_values) / rank)
 
 
-def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """Adjusted p-values: those at most α are rejected together, with a chance of at most α that any is wrong.
 
     Holm (1979), in the step-down form that R's ``p.adjust`` has.
     """
-    adjusted, highest = {}, 0.0
-    for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[name]))
-        adjusted[name] = highest
-    return {name: adjusted[name] for name in p_values}
+    adjusted = holm_array(np.array(list(p_values.values()), dtype=np.float64))
+    return dict(zip(p_values, adjusted.tolist(), strict=True))
+
+
+def holm_array(p_values: Array) -> Array:
+    """``holm`` of p-values in an array of any shape, which are one family."""
+    flat = p_values.ravel()
+    order = np.argsort(flat, kind="stable")
+    adjusted = np.empty_like(flat)
+    steps = np.arange(len(flat), 0, -1)
+    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, steps * flat[order]))
+    return adjusted.reshape(p_values.shape)

@@ -7,6 +7,7 @@ from typing import Any
 
 from zoo.harness.contents import Section, Table
 from zoo.harness.headline import percent
+from zoo.inspect.inspection import MOST_TYPES
 
 
 def sections(report: Mapping[str, Any]) -> list[Section]:
@@ -118,9 +119,9 @@ def _stability(report: Mapping[str, Any]) -> list[Table]:
 def _tokens_note(report: Mapping[str, Any]) -> str:
     found = report["token_specialisation"]
     return (
-        f"Of {found['types']:,} token types with {found['minimum_occurrences']} or more occurrences, those that go to "
-        "an expert more often than chance, at most eight an expert, the furthest above chance first: occurrences that "
-        "go there, of all, and PMI in bits."
+        f"Of {found['types']:,} token types with {found['minimum_occurrences']} or more occurrences (at most the "
+        f"{MOST_TYPES} most frequent), those that go to an expert more often than chance, at most eight an expert, the "
+        "furthest above chance first: occurrences that go there, of all, and PMI in bits."
     )
 
 

@@ -97,6 +97,9 @@ def token_specialisation(
     """Which token types go to which experts more often than chance."""
     ids = types.tolist()
     found = specialists(counts.cpu().numpy(), occurrences.numpy(), routing.counts.cpu().numpy(), routing.tokens)
+    by_expert: dict[tuple[int, int], list[Specialist]] = {}
+    for specialist in found:
+        by_expert.setdefault((specialist.layer, specialist.expert), []).append(specialist)
     experts = range(routing.counts.shape[1])
     return {
         "minimum_occurrences": MINIMUM,
@@ -106,9 +109,9 @@ def token_specialisation(
         "layers": [
             {
                 "layer": layer,
-                "specialised_types": len({s.type for s in found if s.layer == i}),
+                "specialised_types": len({s.type for expert in experts for s in by_expert.get((i, expert), [])}),
                 "experts": [
-                    [_specialist(s, ids, tokenizer) for s in found if (s.layer, s.expert) == (i, expert)][:SHOWN]
+                    [_specialist(s, ids, tokenizer) for s in by_expert.get((i, expert), [])[:SHOWN]]
                     for expert in experts
                 ],
             }

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zoo.harness.headline import percent
+from zoo.inspect.inspection import MOST_TYPES
 
 
 def sentences(report: Mapping[str, Any]) -> list[str]:
@@ -63,6 +64,8 @@ def _dropped(report: Mapping[str, Any]) -> str:
 def _tokens(report: Mapping[str, Any]) -> str:
     found = report["token_specialisation"]
     seen = f"token types seen {found['minimum_occurrences']} times or more"
+    if found["types"] == MOST_TYPES:
+        seen = "most frequent token types"
     if not found["types"]:
         return f"There are no {seen}, so none was tested for going to certain experts."
     tested = f"Fisher's exact test, Holm's correction for {found['tests']:,} tests"

@@ -26,7 +26,7 @@ from zoo.training.data.packing import PADDING_DOCUMENT
 SAMPLE = 256
 """Tokens, spread over all data, that every expert computes to tell how alike their outputs are."""
 
-MOST_TYPES = 2000
+MOST_TYPES = 500
 """Token types that are tested: the most frequent ones."""
 
 

@@ -5,14 +5,13 @@ Shapes: L MoE layers, V token types, E experts, W windows, D sets of data.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binom, hypergeom
 
-from zoo.harness.significance import SIGNIFICANCE, holm
+from zoo.harness.significance import SIGNIFICANCE, holm_array
 from zoo.harness.statistics import Array
 
 Counts = NDArray[np.int64]
@@ -55,10 +54,14 @@ def specialists(counts: Counts, occurrences: Counts, totals: Counts, tokens: int
         totals: [L, E] tokens that go to each expert.
         tokens: all there are.
     """
-    seen, share = occurrences[None, :, None], totals[:, None, :] / tokens
-    p_values = hypergeom.sf(counts - 1, tokens, totals[:, None, :], seen)
-    adjusted = _holm(p_values)
+    seen, share = np.broadcast_to(occurrences[:, None], counts.shape), totals[:, None, :] / tokens
+    goes = np.broadcast_to(totals[:, None, :], counts.shape)
     expected = seen * share
+    # What is not above chance has a p-value about a half or more, which no correction lowers; exact ones take time.
+    above = counts > expected
+    p_values = np.ones(counts.shape)
+    p_values[above] = hypergeom.sf(counts[above] - 1, tokens, goes[above], seen[above])
+    adjusted = holm_array(p_values)
     spread = np.sqrt(expected * (1 - share) * (tokens - seen) / max(1, tokens - 1))
     found = [
         Specialist(
@@ -98,7 +101,7 @@ def pair_tests(pairs: Counts, expected: Array, tokens: int) -> PairTests:
     p_values = np.minimum(1, 2 * np.minimum(binom.cdf(pairs, tokens, share), binom.sf(pairs - 1, tokens, share)))
     upper = np.triu_indices(pairs.shape[-1], k=1)
     adjusted = np.ones_like(p_values)
-    adjusted[:, *upper] = _holm(p_values[:, *upper])
+    adjusted[:, *upper] = holm_array(p_values[:, *upper])
     adjusted = np.minimum(adjusted, adjusted.transpose(0, 2, 1))
     return PairTests(expected, adjusted)
 
@@ -135,7 +138,7 @@ def domain_tests(windows: Counts, labels: Counts, seed: int) -> DomainTests:
     found = information(sets)
     permuted = np.array([information(sets[generator.permutation(len(sets))]) for _ in range(PERMUTATIONS)])
     p_values = (1 + (permuted >= found - 1e-12).sum(axis=0)) / (1 + PERMUTATIONS)
-    return DomainTests(found, permuted.mean(axis=0), _holm(p_values))
+    return DomainTests(found, permuted.mean(axis=0), holm_array(p_values))
 
 
 def mutual_information(table: Array) -> Array:
@@ -146,9 +149,3 @@ def mutual_information(table: Array) -> Array:
         terms = np.where(joint > 0, joint * np.log2(joint / product), 0.0)
     result: Array = terms.sum(axis=(-2, -1)).clip(min=0)
     return result
-
-
-def _holm(p_values: Array) -> Array:
-    """``holm`` of an array."""
-    named: Mapping[int, float] = dict(enumerate(p_values.ravel().tolist()))
-    return np.array(list(holm(named).values())).reshape(p_values.shape)
