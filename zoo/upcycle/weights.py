@@ -92,8 +92,7 @@ class Upcycled:
         """What a person reads at the end."""
         parameters = count_parameters(self.spec.model)
         sizes = f"{parameters.total:,} parameters, {parameters.active:,} active"
-        equal = "the dense model's, up to rounding"
-        claim = equal if self.inexact is None else f"not the dense model's: {self.inexact}"
+        claim = "equal to the dense model's" if self.inexact is None else f"not the dense model's: {self.inexact}"
         lines = [f"{self.spec.name} ({sizes}): written to {self.directory}", f"first forward: {claim}"]
         if self.difference is not None:
             lines.append(f"largest difference of logits {self.difference:.1e}, of logits up to {self.largest:.1f}")
