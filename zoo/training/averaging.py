@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
@@ -55,7 +53,3 @@ class ExponentialAverage(WeightAveraging):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the average in the model. Unlike the end of training this also comes if no step was left to take."""
         self._copy_average_to_current(pl_module)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Up to which step it has averaged."""
-        return {"latest_update_step": self._latest_update_step}
