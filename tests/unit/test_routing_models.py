@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from zoo.config_reading import from_dict, to_dict
 from zoo.generation import generate
 from zoo.model import Decoder, build
 from zoo.moe.exploration import Temperature, set_step
-from zoo.parallel.apply import check_sizes
+from zoo.parallel.apply import check_sizes, recompute_activations
 from zoo.parallel.mesh import MeshSizes
 from zoo.parallel.plan import load_plan, resolve
 from zoo.parallel.stages import cut
@@ -114,6 +114,20 @@ def test_generation_goes_on_from_the_cache(name: str) -> None:
             tokens.append(int(last.logits[0, -1].argmax()))
         expected.append(tokens[len(prompt) :])
     assert generate(model, prompts, max_new_tokens=6) == expected
+
+
+@pytest.mark.parametrize("recompute", ["experts", "block"])
+@pytest.mark.parametrize("name", ["st-moe-decoder-tiny", "noisy-top-k-tiny", "expert-choice-tiny"])
+def test_recomputed_activations_draw_the_same_numbers(name: str, recompute: Literal["experts", "block"]) -> None:
+    gradients = []
+    for what in ("none", recompute):
+        model = build(narrow(name), dtype=torch.float64).train()
+        recompute_activations(model, what)  # type: ignore[arg-type]
+        torch.manual_seed(3)
+        model(torch.randint(300, (2, 12))).logits.square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert any(g.abs().sum() > 0 for g in gradients[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
 
 
 def test_experts_that_choose_neither_generate_nor_score() -> None:
