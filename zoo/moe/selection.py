@@ -23,7 +23,7 @@ def capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int: .
 @overload
 def capacity(tokens: Tensor, top_k: int, num_experts: int, factor: float) -> Tensor: ...
 def capacity(tokens: int | Tensor, top_k: int, num_experts: int, factor: float) -> int | Tensor:
-    """ceil(K · tokens · factor / E), the most tokens that an expert takes (arXiv 2202.08906, section 2).
+    """ceil(K · tokens · factor / E), the most tokens that an expert takes (arXiv 2202.08906).
 
     In whole numbers: floating-point ones would round 1.1 · 10 / 11 up to 2.
     """
@@ -85,7 +85,7 @@ def sinkhorn(logits: Tensor, valid: Tensor | None) -> Tensor:
     """logits [T, E] → [T, E], how much of each token goes to each expert, if all experts are to get equally much.
 
     The plan with the largest Σ p·logits + entropy(p) whose rows sum to 1 and columns to T/E (Sinkhorn's algorithm, in
-    logarithms): what BASE layers (arXiv 2103.16716) solve as an assignment, smoothed (arXiv 2202.01169, section 3.1).
+    logarithms): what BASE layers (arXiv 2103.16716) solve as an assignment, smoothed (arXiv 2202.01169).
     ``valid`` [T] is False for padding, which weighs nothing.
     """
     plan = logits.log_softmax(dim=-1)
@@ -97,7 +97,7 @@ def sinkhorn(logits: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def hash_experts(ids: Tensor, num_experts: int, top_k: int) -> Tensor:
-    """ids [T] int64 → [T, K], experts that depend on a token's id alone (Hash Layers, arXiv 2106.04426, section 3.1).
+    """ids [T] int64 → [T, K], experts that depend on a token's id alone (Hash Layers, arXiv 2106.04426).
 
     Neighbouring ids are spread by Fibonacci hashing; the further experts are those that follow the first.
     """
