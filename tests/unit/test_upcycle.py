@@ -102,6 +102,21 @@ def test_a_trained_model_with_eight_experts_reads_a_text_as_the_dense_one(tmp_pa
         torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-5)
 
 
+def test_a_factor_that_half_precision_rounds_is_said_and_can_go_into_the_config(tmp_path: Path) -> None:
+    dense = dense_checkpoint(tmp_path, dtype=torch.bfloat16)
+    target = derive(load_spec(dense / "zoo.yaml"), experts=4, granularity=4, shared=1)
+    result = upcycle(dense, target, tmp_path / "sparse")
+    assert result.inexact is not None and "times 3 are rounded to bfloat16; moe.routed_scaling_factor = 3 would" in (
+        result.inexact
+    )
+    assert result.difference is not None and result.difference > 1e-3
+    assert target.model.moe is not None
+    kept = replace(target.model, moe=replace(target.model.moe, routed_scaling_factor=3.0))
+    result = upcycle(dense, replace(target, model=kept), tmp_path / "kept")
+    assert result.inexact is None
+    assert result.difference is not None and result.difference <= 1e-5
+
+
 PARTS = {"moe_intermediate_size": WIDTH // 4, "num_experts": 16, "top_k": 8}
 EXACT_CONFIGS = {
     "sigmoid, bias, groups, factor": replace(

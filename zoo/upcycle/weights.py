@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, D model, F dense FFN, M expert, E experts.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ def upcycle(
         save_spec(spec, aside / CONFIG_FILE)
         difference, largest = first_forward(directory, aside, recipe.seed) if check else (None, None)
     changed = f"{recipe}" if recipe.noise or recipe.drop else None
-    return Upcycled(spec, Path(out), plan.inexact or changed, difference, largest)
+    return Upcycled(spec, Path(out), plan.inexact or changed or maker.rounding, difference, largest)
 
 
 @contextmanager
@@ -175,6 +176,8 @@ class _Maker:
         self._config, self._moe, self._plan, self._recipe = config, config.moe, plan, recipe
         self._shapes = parameter_shapes(config)
         self._buffers = {name for name, _ in skeleton(config).named_buffers()}
+        self.rounding: str | None = None
+        """What half precision takes from the first forward, once tensors are made."""
 
     def tensors(self, dense: Named) -> Named:
         """All tensors in the order of the model's state, from the dense model's in the order of its own."""
@@ -218,9 +221,15 @@ class _Maker:
         return stacked
 
     def _down(self, prefix: str, stacked: Tensor, down: Tensor) -> Tensor:
+        scale = self._plan.routed_scale
+        if down.element_size() < 4 and math.frexp(scale)[0] != 0.5:  # no power of two
+            self.rounding = (
+                f"outputs of experts times {scale:g} are rounded to {str(down.dtype).removeprefix('torch.')}; "
+                f"moe.routed_scaling_factor = {self._moe.routed_scaling_factor * scale:g} would leave them as they are"
+            )
         for expert, units in self._experts():
             varied = self._vary(down[:, units].T, f"{prefix}experts.down", expert)
-            stacked[expert] = varied.T * self._plan.routed_scale
+            stacked[expert] = varied.T * scale
         return stacked
 
     def _experts(self) -> Iterator[tuple[int, slice]]:
