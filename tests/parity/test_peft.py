@@ -40,19 +40,22 @@ def trained(name: str, section: dict[str, Any], directory: Path) -> Decoder:
 
 
 CASES = {
-    "experts and attention": ("mixtral-tiny", {"targets": ["experts", "attention"]}),
-    "experts alone, rank-stabilised": ("olmoe-tiny", {"targets": ["experts"], "rslora": True}),
-    "experts beside shared ones": ("qwen2-moe-tiny", {"targets": ["ffn", "q_proj"]}),
-    "dense, shared and routed experts, latent attention": ("deepseek-v3-tiny", {"targets": ["ffn", "attention"]}),
-    "dense, weights decomposed": ("qwen2-tiny", {"targets": ["attention", "ffn"], "dora": True}),
-    "output head": ("qwen3-moe-tiny", {"targets": ["lm_head", "experts"]}),
+    "experts and attention": ("mixtral-tiny", "lora", {"targets": ["experts", "attention"]}),
+    "experts alone, rank-stabilised": ("olmoe-tiny", "lora", {"targets": ["experts"], "rslora": True}),
+    "experts beside shared ones": ("qwen2-moe-tiny", "lora", {"targets": ["ffn", "q_proj"]}),
+    "dense, shared and routed, latent attention": ("deepseek-v3-tiny", "lora", {"targets": ["ffn", "attention"]}),
+    "dense, weights decomposed": ("qwen2-tiny", "lora", {"targets": ["attention", "ffn"], "dora": True}),
+    "output head": ("qwen3-moe-tiny", "lora", {"targets": ["lm_head", "experts"]}),
+    "prefix of a dense model": ("llama-tiny", "prefix", {"length": 5}),
+    "prefix of a sparse model": ("qwen3-moe-tiny", "prefix", {"length": 5}),
 }
 
 
-@pytest.mark.parametrize(("name", "lora"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("name", "kind", "settings"), CASES.values(), ids=CASES)
 @torch.no_grad()
-def test_peft_computes_the_same(name: str, lora: dict[str, Any], tmp_path: Path) -> None:
-    ours = trained(name, {"lora": {"rank": 3, "alpha": 6} | lora}, tmp_path)
+def test_peft_computes_the_same(name: str, kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    sizes = {"rank": 3, "alpha": 6} if kind == "lora" else {}
+    ours = trained(name, {kind: sizes | settings}, tmp_path)
     assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "peft")]) == 0
     export_checkpoint(tmp_path / "base", tmp_path / "hf")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
@@ -70,7 +73,8 @@ def test_peft_computes_the_same(name: str, lora: dict[str, Any], tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "section", "message"),
     [
-        ("mixtral-tiny", {"molora": {}}, "only LoRA can be exported"),
+        ("mistral-tiny", {"prefix": {}}, "a sliding window hides the prefix"),
+        ("mixtral-tiny", {"molora": {}}, "only LoRA and prefixes can be exported"),
         ("mixtral-tiny", {"lora": {"targets": ["experts"]}, "train": ["router"]}, "router were trained in full"),
         ("mixtral-tiny", {"lora": {"targets": ["experts"], "dora": True}}, "peft has no DoRA of stacked experts"),
         ("qwen2-moe-tiny", {"lora": {"targets": ["up_proj"], "dora": True}}, "shared_expert.up_proj"),

@@ -1,9 +1,9 @@
-"""A LoRA adapter of the zoo as a directory that ``peft`` loads onto transformers' model of the base.
+"""A LoRA adapter or a prefix of the zoo as a directory that ``peft`` loads onto transformers' model of the base.
 
 Stacked experts are parameters there as here, and PEFT's for them are two matrices a layer: rows of A go expert by
 expert, columns of B rank by rank (peft 0.21, ``tuners/lora/layer.py``, ``ParamWrapper``).
 
-Shapes: E experts, r rank, o rows and i columns of a matrix.
+Shapes: E experts, r rank, o rows and i columns of a matrix; L layers, P prefix length, G key/value heads, d head size.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zoo.families import exporting_family
 from zoo.finetune.adapter import ADAPTER_WEIGHTS, AdapterSpec, read_adapter_spec
-from zoo.finetune.config import LoRAConfig
+from zoo.finetune.config import LoRAConfig, MoLoRAConfig, PrefixConfig
+from zoo.layers.rope import Rotary, rotate
 from zoo.weights.ops import Op, Rename, Split
 from zoo.weights.target import new_directory
 
@@ -35,7 +37,7 @@ class PeftExport:
 
     directory: Path
     targets: tuple[str, ...]
-    """Published names of the modules and parameters that are adapted."""
+    """Published names of the modules and parameters that are adapted; of a prefix, none."""
     parameters: int
 
     def as_json(self) -> str:
@@ -45,7 +47,8 @@ class PeftExport:
 
     def as_text(self) -> str:
         """One line."""
-        return f"LoRA of {len(self.targets)} matrices ({self.parameters:,} parameters): written to {self.directory}"
+        kind = f"LoRA of {len(self.targets)} matrices" if self.targets else "prefix"
+        return f"{kind} ({self.parameters:,} parameters): written to {self.directory}"
 
 
 def export_peft(source: str | Path, out: str | Path) -> PeftExport:
@@ -56,25 +59,34 @@ def export_peft(source: str | Path, out: str | Path) -> PeftExport:
         OSError: ``out`` cannot be written.
     """
     spec = read_adapter_spec(source)
-    lora = spec.finetune.lora
-    if lora is None:
-        raise ValueError(f"{source}: PEFT cannot represent this adapter; only LoRA can be exported")
+    adapter = spec.finetune.adapter
+    if isinstance(adapter, MoLoRAConfig) or adapter is None:
+        raise ValueError(f"{source}: PEFT cannot represent this adapter; only LoRA and prefixes can be exported")
     if spec.finetune.train:
         raise ValueError(
             f"{source}: {', '.join(spec.finetune.train)} were trained in full, which an adapter directory has no place "
             "for; export the merged model in final"
         )
-    published = _Published(spec, source)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in load_file(Path(source) / ADAPTER_WEIGHTS).items():
-        place, adapter, kind = name.rsplit(".", 2)
-        key, value = published.tensor(place, adapter, kind, tensor)
-        tensors[f"base_model.model.{key}"] = value.contiguous()
-    config = _config(spec, lora, published)
+    state = load_file(Path(source) / ADAPTER_WEIGHTS)
+    if any(name.startswith("mtp.") for name in state):
+        raise ValueError(f"{source}: transformers' model has no MTP modules, which this adapts too; export final")
+    targets: tuple[str, ...] = ()
+    if isinstance(adapter, PrefixConfig):
+        tensors, config = _prefix(spec, adapter, state, source)
+    else:
+        published = _Published(spec, source)
+        tensors = {}
+        for name, tensor in state.items():
+            place, module, kind = name.rsplit(".", 2)
+            key, value = published.tensor(place, module, kind, tensor)
+            tensors[f"base_model.model.{key}"] = value
+        config = _lora_config(adapter, published)
+        targets = (*sorted(published.modules), *sorted(published.parameters))
+    tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    common = {"task_type": "CAUSAL_LM", "base_model_name_or_path": spec.base.source, "inference_mode": True}
     with new_directory(Path(out)) as aside:
         save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
-        (aside / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    targets = (*sorted(published.modules), *sorted(published.parameters))
+        (aside / "adapter_config.json").write_text(json.dumps(config | common, indent=2) + "\n", encoding="utf-8")
     return PeftExport(Path(out), targets, sum(tensor.numel() for tensor in tensors.values()))
 
 
@@ -130,11 +142,9 @@ class _Published:
         return op.sources[0]
 
 
-def _config(spec: AdapterSpec, lora: LoRAConfig, published: _Published) -> dict[str, Any]:
+def _lora_config(lora: LoRAConfig, published: _Published) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": spec.base.source,
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "use_rslora": lora.rslora,
@@ -144,5 +154,39 @@ def _config(spec: AdapterSpec, lora: LoRAConfig, published: _Published) -> dict[
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        "inference_mode": True,
     }
+
+
+def _prefix(
+    spec: AdapterSpec, prefix: PrefixConfig, state: dict[str, Tensor], source: str | Path
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(PEFT's tensor, its config): keys and values of each layer in turn, [P, L · 2 · G · d].
+
+    There the prefix stands at positions 0 to P - 1 of the cache, and the text begins at P. Rotating the prefix's keys by
+    P as well leaves every product of a query and a key as it is.
+    """
+    model = spec.base.model
+    attention, length = model.attention, prefix.length
+    assert attention is not None
+    if any(attention.window(layer) is not None for layer in range(model.num_layers)):
+        raise ValueError(f"{source}: in peft a sliding window hides the prefix from later tokens; in ours it does not")
+    layers = []
+    for layer in range(model.num_layers):
+        keys, values = (state[f"layers.{layer}.mixer.{part}"] for part in ("keys", "values"))
+        if model.rope is not None:
+            rotary = Rotary(model.rope, attention.head_dim)
+            cos, sin = rotary(torch.tensor([[length]]), length + 1, keys.dtype)
+            keys = rotate(keys[None], cos, sin, model.rope.layout)[0] / rotary.scale
+        layers += [keys, values]
+    width = attention.num_kv_heads * attention.head_dim
+    config = {
+        "peft_type": "PREFIX_TUNING",
+        "num_virtual_tokens": length,
+        "num_layers": model.num_layers,
+        "num_attention_heads": attention.num_kv_heads,
+        "token_dim": width,
+        "encoder_hidden_size": width,
+        "num_transformer_submodules": 1,
+        "prefix_projection": False,
+    }
+    return {"prompt_embeddings": torch.stack(layers, dim=1).flatten(1)}, config
