@@ -162,14 +162,14 @@ def _prefix(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(PEFT's tensor, its config): keys and values of each layer in turn, [P, L · 2 · G · d].
 
-    There the prefix stands at positions 0 to P - 1 of the cache, and the text begins at P. Rotating the prefix's keys by
+    There the prefix has positions 0 to P - 1 of the cache, and the text begins at P. Rotating the prefix's keys by
     P as well leaves every product of a query and a key as it is.
     """
     model = spec.base.model
     attention, length = model.attention, prefix.length
     assert attention is not None
     if any(attention.window(layer) is not None for layer in range(model.num_layers)):
-        raise ValueError(f"{source}: in peft a sliding window hides the prefix from later tokens; in ours it does not")
+        raise ValueError(f"{source}: in peft a sliding window hides the prefix from later tokens; here it does not")
     layers = []
     for layer in range(model.num_layers):
         keys, values = (state[f"layers.{layer}.mixer.{part}"] for part in ("keys", "values"))
