@@ -14,6 +14,7 @@ import yaml
 from zoo.accounting import count_parameters, forward_flops, training_flops, weight_bytes
 from zoo.config import ModelConfig, ModelSpec
 from zoo.config_reading import from_dict, to_dict
+from zoo.config_routing import RoutingConfig
 from zoo.generation import generate
 from zoo.model import Decoder, build
 from zoo.moe.exploration import Temperature, set_step
@@ -64,6 +65,18 @@ def test_what_has_no_meaning_is_refused_with_the_fix(
     with pytest.raises(ValueError, match=message) as error:
         with_routing(moe=moe, **routing)
     assert "\n" not in str(error.value)
+
+
+def test_the_documentation_has_every_model_and_says_who_is_causal(repository: Path) -> None:
+    table = (repository / "docs" / "routing.md").read_text()
+    for name in paper_names():
+        [row] = [line for line in table.splitlines() if f"| `{name}` |" in line]
+        moe = find_spec(name).model.moe
+        assert moe is not None
+        routing = moe.routing or RoutingConfig()
+        said = {(True, True): "yes", (True, False): "outside of training", (False, False): "no"}
+        assert f"| `{name}` | {said[routing.causal, routing.causal_in_training]} |" in row
+        assert row.endswith("| yes |" if routing.causal else "| refused |")
 
 
 @pytest.mark.parametrize("name", paper_names())
