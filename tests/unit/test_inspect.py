@@ -92,6 +92,25 @@ def test_load_is_that_of_the_routers_own_output(text: Text, tokenizer: Tokenizer
     assert report["tokens"] == 300
 
 
+def test_shared_experts_part_is_that_of_the_norms_by_hand(text: Text, tokenizer: Tokenizer) -> None:
+    """Routed experts that give 0 leave the shared ones all of the output; shared ones that give 0 nothing of it."""
+    model = tiny("deepseek-moe-tiny")
+    first, second, third = moe_layers(model)[:3]
+    with torch.no_grad():
+        first.experts.down.zero_()
+        second.shared_experts.down_proj.weight.zero_()
+    taken: list[tuple[torch.Tensor, torch.Tensor]] = []
+    third.register_forward_hook(lambda module, inputs, result: taken.append((inputs[0], result[0])))
+    report = inspect("m", model, tokenizer, [text], Settings(sequence_length=30, noise=0.0))
+    shares = [layer["share"] for layer in report["shared"]]
+    assert shares[:2] == pytest.approx([1, 0])
+    x, out = taken[0]
+    with torch.inference_mode():
+        shared = third.shared_experts(x)
+    norms = [part.norm(dim=-1) for part in (shared, out - shared)]
+    assert shares[2] == pytest.approx((norms[0] / (norms[0] + norms[1])).mean().item())
+
+
 def test_copied_experts_are_alike_and_fresh_ones_are_not(text: Text, tokenizer: Tokenizer) -> None:
     model = tiny("mixtral-tiny")
     first = moe_layers(model)[0].experts

@@ -38,11 +38,11 @@ _READING = (
     "the experts of a token half a batch away. Experts are compared by number, so checkpoints of different runs agree "
     "by chance only. PMI is log2 of how many times more often than on average a token's occurrences go to the expert; "
     "of tokens, only those are listed whose counts are above chance, by Fisher's exact test corrected by Holm for all "
-    "layers, token types and experts. It takes occurrences as independent: a token whose occurrences share their "
-    "context may owe its experts to that. Which data uses which experts is tested by dealing out whole windows at "
-    "random {permutations}; it speaks about other windows of the same texts. The cosine of weights compares hidden "
-    "units by their order, so that only copies are alike in it; that of outputs compares what experts make of the "
-    "same tokens. MTP modules are left out."
+    "layers, token types and experts. This test and that of pairs of experts take occurrences as independent: a token "
+    "whose occurrences share their context may owe its experts to that, and a frequent token may decide for a pair. "
+    "Which data uses which experts is tested by dealing out whole windows at random {permutations}; it speaks about "
+    "other windows of the same texts. The cosine of weights compares hidden units by their order, so that only copies "
+    "are alike in it; that of outputs compares what experts make of the same tokens. MTP modules are left out."
 )
 
 

@@ -228,7 +228,7 @@ def gather(
         ),
         "similarity": similarity(model, observed.samples, layers),
         "shared": [
-            {"layer": layer, "share": float(share.double().mean())}
+            {"layer": layer, "share": float(share.compute())}
             for layer, share in zip(layers, observed.shared, strict=True)
         ]
         if observed.shared

@@ -131,7 +131,7 @@ def _off_diagonal(table: Sequence[Sequence[float]]) -> float:
 
 
 def _signed(value: float) -> str:
-    return f"{value:.2f}".replace("-", "−")
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")  # adding 0 makes 0 of -0
 
 
 def _range(values: Sequence[float], text: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from zoo.inspect.measures import chosen_experts
 from zoo.inspect.metrics import AgreementMetric, RoutingMetric, TokenExpertMetric, WindowMetric
@@ -97,8 +98,8 @@ class Observed:
     """By batch and layer: ``chosen_experts`` [tokens, K] of all tokens but padding."""
     samples: list[Tensor]
     """By layer: inputs [about SAMPLE, D] of the MoE layer."""
-    shared: list[Tensor]
-    """By layer: of every token, the shared experts' part of the output norm; empty without shared experts."""
+    shared: list[MeanMetric]
+    """By layer: the shared experts' part of the output norm; empty without shared experts."""
     limited: bool
     """Whether experts may leave out tokens."""
 
@@ -137,7 +138,9 @@ def observe(
     of_types = TokenExpertMetric(len(layers), moe.num_experts, types).to(device)
     experts: list[list[Tensor]] = []
     samples: list[list[Tensor]] = [[] for _ in layers]
-    shared: list[list[Tensor]] = [[] for _ in layers]
+    shared = [MeanMetric().to(device) for layer in layers if layer.shared_experts is not None]
+    for metric in shared:
+        metric.set_dtype(torch.float64)
     batches = -(-len(windows.input_ids) // settings.batch_size)
     limited = False
     for ids, documents in windows.batches(settings.batch_size, device):
@@ -148,7 +151,7 @@ def observe(
         def look(layer: int, module: MoE, x: Tensor, out: Tensor, spread: Tensor = spread, keep: Tensor = keep) -> None:
             samples[layer].append(x.flatten(0, 1)[spread])
             if module.shared_experts is not None:
-                shared[layer].append(shared_share(module, x, out)[keep.flatten()].cpu())
+                shared[layer].update(shared_share(module, x, out)[keep.flatten()])
 
         with _watching(layers, look):
             outputs = _route(model, ids, documents)
@@ -158,8 +161,7 @@ def observe(
         of_types.update(outputs, ids, keep)
         experts.append(_chosen(outputs, keep))
         advance()
-    shares = [torch.cat(parts) for parts in shared if parts]
-    return Observed(routing, of_windows, of_types, experts, [torch.cat(parts) for parts in samples], shares, limited)
+    return Observed(routing, of_windows, of_types, experts, [torch.cat(parts) for parts in samples], shared, limited)
 
 
 @torch.inference_mode()
