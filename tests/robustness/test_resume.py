@@ -60,7 +60,9 @@ def end_at_step(argv: list[str], run: Path, step: int, number: signal.Signals, r
 def test_a_run_that_is_killed_or_told_to_stop_goes_on_as_if_it_had_never_stopped(
     fit_config: Path, tmp_path: Path, repository: Path, accumulate: int, signals: list[signal.Signals]
 ) -> None:
-    more = ("--trainer.accumulate_grad_batches", str(accumulate))
+    # Dropout and jitter, so that every step draws random numbers.
+    random_numbers = ("--model.overrides.dropout", "0.1", "--model.overrides.moe.routing.jitter", "0.1")
+    more = ("--trainer.accumulate_grad_batches", str(accumulate), *random_numbers)
     assert fit(arguments(fit_config, tmp_path / "whole", *more)) == 0
 
     run = tmp_path / "killed"
