@@ -129,16 +129,12 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported(repositor
     optional = project["optional-dependencies"]
     extras = {normal(requirement) for extra in ("gpu", "bench") for requirement in optional[extra]}
     used = {distribution_of(m) for path in python_files(repository, "zoo", "evaluation") for m in imports(path)}
-    assert used - declared - extras == {None, "moe-zoo"} | LEFT_TO_USERS | COMES_ALONG
+    assert used - declared - extras == {None, "moe-zoo"} | LEFT_TO_USERS
     assert declared - used == NOT_IMPORTED
 
 
 NOT_IMPORTED: set[str] = {"tensorboard"}
 """Needed without an import of ours: Lightning's TensorBoard logger."""
-
-
-COMES_ALONG: set[str] = {"jinja2"}
-"""Wherever torch is, which needs it itself."""
 
 
 LEFT_TO_USERS: set[str] = {"deep-ep", "litgpt"}
