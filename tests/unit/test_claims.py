@@ -145,7 +145,7 @@ def test_arms_that_are_trained_alike_are_one_run(balancing: Claim, tmp_path: Pat
 def test_sources_may_be_replaced(tmp_path: Path) -> None:
     claim = load_claim(FOLDER / "balancing.yaml", sources={"general": ["a.txt", "b.txt"]})
     assert claim.texts["general"].sources == ("a.txt", "b.txt")
-    with pytest.raises(ValueError, match=r"--text other=….*no such text; it has general, domain"):
+    with pytest.raises(ValueError, match=r"--text other=….*no such text; it has general, small, domain"):
         load_claim(FOLDER / "balancing.yaml", sources={"other": ["a.txt"]})
 
 
@@ -155,7 +155,7 @@ def test_sources_may_be_replaced(tmp_path: Path) -> None:
         ("seeds: [0, 1]", "give at least 3"),
         ("arms: {balanced: {}}", "give exactly one of the two"),
         ("arms: {balanced: {model: other}}", "model = 'other': use one of"),
-        ("arms: {balanced: {model: coarse, text: other}}", "text = 'other': use one of general, domain"),
+        ("arms: {balanced: {model: coarse, text: other}}", "text = 'other': use one of general, small, domain"),
         ("expect: []", "say what would have to be seen"),
         ("expect: [{measure: speed, contrast: {balanced: 1}, at_least: 0}]", "'speed': use one of validation_loss"),
         ("expect: [{measure: spikes, contrast: {other: 1}, at_least: 0}]", "'other' is no arm"),
