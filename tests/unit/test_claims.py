@@ -250,19 +250,20 @@ fit:
   trainer: {max_steps: 6, log_every_n_steps: 2, val_check_interval: 3, enable_progress_bar: false}
   checkpoint: {every_n_steps: 3}
 models:
-  - name: coarse
-    base: mixtral-tiny
+  - name: dense
+    base: llama-tiny
     overrides:
-      {num_layers: 1, hidden_size: 16, attention: {num_heads: 2, num_kv_heads: 2, head_dim: 8},
-       moe: {num_experts: 4, moe_intermediate_size: 8}}
+      {num_layers: 1, hidden_size: 16, intermediate_size: 16, attention: {num_heads: 2, num_kv_heads: 2, head_dim: 8}}
 arms:
-  first: {model: coarse, fit: {model: {load_balance_coef: 0.01}}}
-  same: {model: coarse, fit: {model: {load_balance_coef: 0.01}}}
-  longer: {start: {of: first}}
+  first: {model: dense}
+  same: {model: dense}
+  sparse:
+    start: {of: first, upcycle: [--experts, "4"]}
+    fit: {model: {load_balance_coef: 0.01}, finetune: {freeze: [attention]}}
 expect:
-  - {measure: load_entropy, contrast: {first: 1}, at_least: 0.2}
+  - {measure: load_entropy, contrast: {sparse: 1}, at_least: 0.2}
   - {measure: memory, log: true, contrast: {first: 1, same: -1}, within: 0.001}
-  - {measure: validation_loss, contrast: {first: 1, longer: -1}, within: 5.0}
+  - {measure: validation_loss, contrast: {first: 1, sparse: -1}, within: 5.0}
 """
 
 
@@ -277,12 +278,15 @@ def test_from_text_to_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (found,) = json.loads(capsys.readouterr().out)
     assert found["verdict"] == "holds here"
     assert [finding["outcome"] for finding in found["expect"]] == ["seen"] * 3
-    first, longer = found["arms"]["first"]["0"], found["arms"]["longer"]["0"]
+    first, sparse = found["arms"]["first"]["0"], found["arms"]["sparse"]["0"]
     assert first == found["arms"]["same"]["0"], "two arms that are trained alike are one run"
     assert len(list((out / "runs").iterdir())) == 6
     # fp32 weights and AdamW's two moments are there all the time.
     assert first["memory"] > 3 * 4 * first["trainable_parameters"]
-    assert first["memory"] == longer["memory"]
+    width, vocabulary, experts = 16, 300, 4
+    weights = 2 * vocabulary * width + experts * (3 * width * width + width) + 3 * width
+    assert sparse["trainable_parameters"] == weights, "all but attention"
+    assert "load_entropy" not in first
     assert kept(out / "claims") == [found]
     assert "| **holds here** |" in board([found])
 
