@@ -64,16 +64,19 @@ class Block(nn.Module):
         self.ffn_norm = _norm(config) if before else nn.Identity()
         self.ffn = moe_layer(config) if config.is_moe_layer(layer) else _ffn(config)
         self.ffn_post_norm = _norm(config) if after else nn.Identity()
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        # One each: torch's tools that follow a forward pass take a module for one place in it.
+        self.mixer_dropout, self.ffn_dropout = (
+            nn.Dropout(config.dropout) if config.dropout else nn.Identity() for _ in range(2)
+        )
 
     def forward(
         self, x: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor], cache: LayerCache | None
     ) -> tuple[Tensor, RouterOutput | None]:
         """x [B, S, D] → ([B, S, D], the routing where the FFN is MoE)."""
-        x = x + self.dropout(self.mixer_post_norm(self.mixer(self.mixer_norm(x), layout, rotary, cache)))
+        x = x + self.mixer_dropout(self.mixer_post_norm(self.mixer(self.mixer_norm(x), layout, rotary, cache)))
         h = self.ffn_norm(x)
         out, routing = self.ffn(h, layout) if isinstance(self.ffn, MoE) else (self.ffn(h), None)
-        return x + self.dropout(self.ffn_post_norm(out)), routing
+        return x + self.ffn_dropout(self.ffn_post_norm(out)), routing
 
 
 class MTPModule(Block):
