@@ -122,10 +122,8 @@ def without_prefix(named: Mapping[str, T], prefix: str, where: Path) -> dict[str
     """
     short = {name.removeprefix(prefix): value for name, value in named.items()}
     if len(short) < len(named):
-        name = next(name for name in named if name.startswith(prefix) and name.removeprefix(prefix) in named)
-        raise ValueError(
-            f"{where}: tensor {name.removeprefix(prefix)!r} is there with {prefix!r} and without; remove one"
-        )
+        name = next(name for name in named if prefix + name in named)
+        raise ValueError(f"{where}: tensor {name!r} is there with {prefix!r} before it and without; remove one")
     return short
 
 
