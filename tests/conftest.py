@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 # One thread a process: tests run side by side, and results on CPU must not depend on the number of cores.
@@ -41,6 +42,21 @@ def shared_data() -> Path:
 def seeded() -> None:
     """Start every test from the same state of torch's generator, whatever ran before it."""
     torch.manual_seed(0)
+
+
+LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
+
+
+@pytest.fixture(autouse=True)
+def unlaunched() -> Iterator[None]:
+    """Forget which rank a test made of this process: a later ``zoo fit`` would wait for others to be started."""
+    before = {name: os.environ.get(name) for name in LAUNCHED}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @pytest.fixture(scope="session")
