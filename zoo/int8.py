@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zoo.model import Decoder
 from zoo.moe.clamped import ClampedExperts
 from zoo.moe.dispatch import assign
-from zoo.moe.experts import Experts
+from zoo.moe.experts import Experts, StackedExperts
 from zoo.moe.layer import MoE
 from zoo.moe.router import RouterOutput
 
@@ -27,14 +27,17 @@ def quantize_int8(model: Decoder) -> None:
     """Replace the FFNs and experts of ``model`` by ``Int8Linear`` and ``Int8Experts``, layer by layer and in place.
 
     Raises:
-        ValueError: the model is not on a CPU, or its experts have biases or an adapter.
+        ValueError: the model is not on a CPU, or its experts have biases, an adapter or no gate.
     """
     device = model.embed_tokens.weight.device
     if device.type != "cpu":
         raise ValueError(f"int8 on {device}: only a CPU gains from it; use device cpu, or dtype bfloat16")
-    if any(isinstance(block.ffn, MoE) and not isinstance(block.ffn.experts, Experts) for block in model.layers):
+    experts = [block.ffn.experts for block in model.layers if isinstance(block.ffn, MoE)]
+    if not all(isinstance(stack, StackedExperts) for stack in experts):
         raise ValueError("int8: experts with an adapter are not supported; merge it, or use dtype bfloat16")
-    if any(isinstance(module, ClampedExperts) for module in model.modules()):
+    if any(not isinstance(stack, Experts) for stack in experts):
+        raise ValueError("int8: experts without a gate are not supported; use dtype bfloat16")
+    if any(isinstance(stack, ClampedExperts) for stack in experts):
         raise ValueError("int8: experts with biases and a clamp are not supported; use dtype bfloat16")
     for ffn in [block.get_submodule("ffn") for block in model.layers]:
         if isinstance(ffn, MoE):

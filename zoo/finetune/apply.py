@@ -12,7 +12,7 @@ from zoo.finetune.prefix import PrefixAttention
 from zoo.finetune.sets import NAMES, UNIONS, part_of, parts_of, set_trainable, trainable_table
 from zoo.layers.attention import Attention
 from zoo.model import Decoder
-from zoo.moe.experts import Experts
+from zoo.moe.experts import Experts, StackedExperts
 
 ADAPTED = (AdaptedLinear, AdaptedExperts, PrefixAttention)
 
@@ -88,6 +88,8 @@ def _add_low_rank(model: Decoder, config: LoRAConfig | MoLoRAConfig, field: str,
     for name, module in places.items():
         if any(parameter.requires_grad for parameter in module.parameters()):
             raise ValueError(f"finetune.train: {name} is trained in full; leave it out, or out of {field}")
+        if isinstance(module, StackedExperts) and not isinstance(module, Experts):
+            raise ValueError(f"{field}: {name} are experts without a gate, which take no adapter; name other targets")
         if isinstance(module, Experts):
             gate_up, down = matrices(module)
             adapters = (
@@ -127,7 +129,7 @@ def _targets(model: Decoder, config: LoRAConfig | MoLoRAConfig, field: str) -> d
 def _adaptable(model: nn.Module) -> Iterator[tuple[str, str]]:
     """(name, part) of every module that takes a low-rank adapter."""
     for name, module in model.named_modules():
-        if isinstance(module, Experts | nn.Linear):
+        if isinstance(module, StackedExperts | nn.Linear):
             yield name, part_of(f"{name}.")
 
 

@@ -1,20 +1,19 @@
 """Experts that take a limited number of tokens of each sequence (Switch Transformers, arXiv 2101.03961).
 
-Shapes: B batch, S sequence, T = B·S tokens, D model, F FFN, E experts, N routed rows.
+Shapes: B batch, S sequence, T = B·S tokens, D model.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.config import MoEConfig
 from zoo.moe.dispatch import Dispatcher, KeptDispatcher
 from zoo.moe.router import Router, RouterOutput
 from zoo.moe.selection import within_capacity
+from zoo.moe.ungated import ReLUExperts
 
 
 class CappedMoE(nn.Module):
@@ -48,23 +47,3 @@ class CappedMoE(nn.Module):
         routing = replace(routing, weights=routing.weights.masked_fill(~kept, 0), kept=kept)
         rows, counts, state = self.dispatcher.dispatch(tokens, routing)
         return self.dispatcher.combine(self.experts(rows, counts), state).view_as(x), routing
-
-
-class ReLUExperts(nn.Module):
-    """E networks down(max(0, up(x))). Parameters: ``up`` [E, F, D] and ``down`` [E, D, F]."""
-
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.up = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
-        self.down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
-
-    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """rows [N, D] sorted by expert, counts [E] int64 rows of each expert in turn → [N, D]."""
-        parts = rows.split(counts.tolist())
-        # unbind and not indexing: the backward of indexing writes a whole [E, …] gradient for every expert.
-        return torch.cat(
-            [
-                F.linear(F.relu(F.linear(x, up)), down)
-                for x, up, down in zip(parts, self.up.unbind(), self.down.unbind(), strict=True)
-            ]
-        )

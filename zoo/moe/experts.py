@@ -5,6 +5,8 @@ Shapes: T tokens, N routed rows sorted by expert, E experts, D model, F FFN.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,15 +16,8 @@ from zoo.moe.blocked import blocked_applies, mix
 from zoo.moe.router import RouterOutput
 
 
-class Experts(nn.Module):
-    """E SwiGLU networks. Parameters: ``gate_up`` [E, 2, F, D] (gate, then up) and ``down`` [E, D, F]."""
-
-    activation: Activation = staticmethod(F.silu)
-
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.gate_up = nn.Parameter(torch.empty(num_experts, 2, intermediate_size, hidden_size))
-        self.down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+class StackedExperts(nn.Module, ABC):
+    """E networks of one kind, whose parameters are stacked along their first dimension."""
 
     def forward(self, x: Tensor, of: Tensor | RouterOutput) -> Tensor:
         """What experts make of rows or, where ``mixes(x)``, of tokens.
@@ -34,21 +29,50 @@ class Experts(nn.Module):
         Returns:
             [N, D]; or [T, D], each token's sum over its experts of weight · row.
         """
-        if isinstance(of, RouterOutput):
-            return mix(x, of, self.gate_up, self.down, self.activation)
+        assert isinstance(of, Tensor), "these experts take rows only"
         return self.compute(x, of, *self.weights)
 
     def mixes(self, x: Tensor) -> bool:
         """Whether tokens x [T, D] are best given to ``forward`` as they are, not sorted into rows."""
+        return False
+
+    @property
+    @abstractmethod
+    def weights(self) -> tuple[nn.Parameter, ...]:
+        """The parameters as ``compute`` takes them."""
+
+    @abstractmethod
+    def compute(self, rows: Tensor, counts: Tensor, *weights: Tensor) -> Tensor:
+        """``forward`` of rows with ``weights`` in place of the parameters: those of some experts, perhaps."""
+
+
+class Experts(StackedExperts):
+    """E SwiGLU networks. Parameters: ``gate_up`` [E, 2, F, D] (gate, then up) and ``down`` [E, D, F]."""
+
+    activation: Activation = staticmethod(F.silu)
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(num_experts, 2, intermediate_size, hidden_size))
+        self.down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+
+    def forward(self, x: Tensor, of: Tensor | RouterOutput) -> Tensor:
+        """See ``StackedExperts``."""
+        if isinstance(of, RouterOutput):
+            return mix(x, of, self.gate_up, self.down, self.activation)
+        return super().forward(x, of)
+
+    def mixes(self, x: Tensor) -> bool:
+        """See ``StackedExperts``."""
         return blocked_applies(x, self.gate_up, self.activation)
 
     @property
     def weights(self) -> tuple[nn.Parameter, ...]:
-        """The parameters as ``compute`` takes them."""
+        """See ``StackedExperts``."""
         return self.gate_up, self.down
 
     def compute(self, rows: Tensor, counts: Tensor, *weights: Tensor) -> Tensor:
-        """The same with ``weights`` in place of the parameters: those of some experts, perhaps."""
+        """See ``StackedExperts``."""
         gate_up, down = weights
         way = experts_grouped if grouped_applies(rows, down) else experts_split
         return way(rows, counts, gate_up, down, self.gate)

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from zoo.config import MoEConfig
 from zoo.layers.sequence import SequenceLayout
-from zoo.moe.experts import Experts
+from zoo.moe.experts import StackedExperts
 from zoo.moe.layer import MoE
 from zoo.moe.router import RouterOutput
 from zoo.parallel.collectives import Traffic, gather_tokens, slice_tokens
@@ -164,8 +164,8 @@ class AllToAllDispatcher(ExchangeDispatcher):
         return self.unshare(rows, flight.tokens)
 
 
-def forward_local_experts(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
-    """``Experts.forward`` where the parameters are DTensors, of which this rank computes its own experts."""
+def forward_local_experts(experts: StackedExperts, rows: Tensor, counts: Tensor) -> Tensor:
+    """``StackedExperts.forward`` where the parameters are DTensors, of which this rank computes its own experts."""
     weights = [cast(DTensor, parameter).to_local() for parameter in experts.weights]
     if len(rows) == 0:
         # No token came: sums without terms, so that all ranks agree that there are gradients (of zero).

@@ -16,7 +16,7 @@ from typing import Literal
 from torch import nn
 
 from zoo.config_reading import from_dict, load_yaml
-from zoo.moe.experts import Experts
+from zoo.moe.experts import StackedExperts
 from zoo.parallel.mesh import MeshSizes
 from zoo.registry import configs_dir
 
@@ -177,7 +177,7 @@ def resolve(plan: Plan, model: nn.Module) -> ResolvedPlan:
 
 def _check_cover(ruled: Set[str], model: nn.Module) -> None:
     """Expert rules are for experts, and for all of them: a token must find each of its experts in one way."""
-    stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, Experts)]
+    stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, StackedExperts)]
     owned = {name for prefix, module in stacks for name, _ in module.named_parameters(prefix=prefix)}
     for name in sorted(ruled ^ owned):
         fault = "is no parameter of experts" if name in ruled else "has no rule, but the plan is to spread experts"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.model import Decoder
-from zoo.moe.experts import Experts
+from zoo.moe.experts import StackedExperts
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration (https://kellerjordan.github.io/posts/muon), as in ``torch.optim.Muon``."""
@@ -32,7 +32,7 @@ def hidden_matrices(model: Decoder) -> list[nn.Parameter]:
         for module in block.modules():
             if isinstance(module, nn.Linear) and min(module.weight.shape) > 1:
                 found.append(module.weight)
-            elif isinstance(module, Experts):
+            elif isinstance(module, StackedExperts):
                 named = module.named_parameters(recurse=False)
                 found += [parameter for name, parameter in named if not name.endswith("bias")]
     return [parameter for parameter in found if isinstance(parameter, nn.Parameter) and parameter.requires_grad]
