@@ -24,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLE
     parser.add_argument("source", metavar="CKPT", help="zoo checkpoint directory, or adapter directory")
     parser.add_argument("out", metavar="HFDIR", help="directory to make; it must not exist")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the parameters (default: as they are stored)",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -36,10 +41,15 @@ def run(args: argparse.Namespace) -> int:
     if (source / ADAPTER_FILE).is_file() and not (source / CONFIG_FILE).is_file():
         from zoo.finetune.peft import export_peft
 
+        if args.dtype:
+            raise ValueError(f"--dtype {args.dtype}: adapters are exported as they are stored; leave it out")
         result = export_peft(source, args.out)
     else:
+        import torch
+
         from zoo.weights.convert import export_checkpoint
 
-        result = export_checkpoint(source, args.out, progress=not args.json)
+        dtype = getattr(torch, args.dtype) if args.dtype else None
+        result = export_checkpoint(source, args.out, dtype=dtype, progress=not args.json)
     print(result.as_json() if args.json else result.as_text())
     return 0

@@ -20,8 +20,9 @@ from zoo.config import CONFIG_FILE, ModelConfig, ModelSpec, load_spec, save_spec
 from zoo.encoder_decoder_config import decoder_spec
 from zoo.model import initial_values
 from zoo.upcycle.layout import Layout, layout
-from zoo.weights.convert import Named, open_published, open_zoo, parameter_shapes, published_directory, skeleton
+from zoo.weights.convert import buffer_names, open_published, open_zoo, parameter_shapes, published_directory
 from zoo.weights.loading import checkpoint_directory, load
+from zoo.weights.stream import Named
 from zoo.weights.target import MAX_SHARD_BYTES, copy_tokenizer, new_directory, write_tensors
 
 CHECKED_BATCH, CHECKED_LENGTH = 2, 64
@@ -175,7 +176,7 @@ class _Maker:
         assert config.moe is not None
         self._config, self._moe, self._plan, self._recipe = config, config.moe, plan, recipe
         self._shapes = parameter_shapes(config)
-        self._buffers = {name for name, _ in skeleton(config).named_buffers()}
+        self._buffers = buffer_names(config)
         self.rounding: str | None = None
         """What half precision takes from the first forward, once tensors are made."""
 

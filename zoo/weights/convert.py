@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +17,14 @@ from zoo.encoder_decoder_config import AnyConfig, AnySpec, EncoderDecoderConfig,
 from zoo.families import exporting_family
 from zoo.registry import published_spec, read_json
 from zoo.weights.hub import download, is_hub_id
-from zoo.weights.ops import Copies, Op, Region, Shape, source_shapes
+from zoo.weights.ops import Copies, Op, Shape, source_shapes
 from zoo.weights.quantized import published_source
 from zoo.weights.source import TensorSource, check_copy, check_tensors, refuse_pickle
+from zoo.weights.stream import Export, Named, Stream, tracked
 from zoo.weights.target import ADAPTER_FILE, MAX_SHARD_BYTES, copy_tokenizer, new_directory, write_tensors
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from zoo.encoder_decoder import EncoderDecoder
     from zoo.model import Decoder
@@ -34,8 +34,6 @@ PUBLISHED_HEAD = "lm_head.weight"
 
 TIED = "config.json ties them; set tie_word_embeddings to false there"
 SHARED = "the model has one for both; give a checkpoint in which they are equal"
-
-Named = Iterator[tuple[str, "Tensor"]]
 
 
 @dataclass(frozen=True)
@@ -86,24 +84,36 @@ def parameter_shapes(config: AnyConfig) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in skeleton(config).state_dict().items()}
 
 
+def buffer_names(config: AnyConfig) -> set[str]:
+    """Names of the tensors of the model's state that are no parameters, which keep their dtype when those change."""
+    return {name for name, _ in skeleton(config).named_buffers()}
+
+
 def import_checkpoint(
-    source: str | Path, out: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES, progress: bool = False
+    source: str | Path,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: bool = False,
 ) -> Conversion:
     """Convert a published checkpoint into the zoo checkpoint directory ``out``.
 
     Args:
         source: directory with ``config.json`` and safetensors, or a hub id.
         out: directory to make.
+        dtype: of the parameters; by default that of the source, and bf16 for those that are quantised there.
         max_shard_bytes: size of the files written.
         progress: show a progress bar on standard error.
 
     Raises:
         ValueError: a field of the config or a tensor that the zoo does not have, a tensor missing or of another
-            shape, a damaged file, a tokenizer larger than the embedding, or an ``out`` that exists.
+            shape, a number that ``dtype`` cannot express, a damaged file, a tokenizer larger than the embedding, or an
+            ``out`` that exists.
         OSError: ``out`` cannot be written.
     """
     directory = published_directory(source)
-    with open_published(directory) as (spec, tensors), new_directory(Path(out)) as aside:
+    with open_published(directory, dtype) as (spec, tensors), new_directory(Path(out)) as aside:
         if is_hub_id(str(source)):
             spec = dataclasses.replace(spec, name=str(source).split("/")[1], source=str(source))
         copy_tokenizer(directory, aside, spec.model.vocab_size)
@@ -113,14 +123,21 @@ def import_checkpoint(
 
 
 def export_checkpoint(
-    source: str | Path, hf_dir: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES, progress: bool = False
+    source: str | Path,
+    hf_dir: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: bool = False,
 ) -> Conversion:
     """Convert the zoo checkpoint directory ``source`` into the layout its family is published in.
 
-    ``config.json`` is written in the spelling that transformers 4 and 5 read.
+    ``config.json`` is written in the spelling that transformers 4 and 5 read. Parameters keep their dtype unless
+    another ``dtype`` is asked for.
 
     Raises:
-        ValueError: ``source`` is not a whole zoo checkpoint, its family cannot express the model, or ``hf_dir`` exists.
+        ValueError: ``source`` is not a whole zoo checkpoint, its family cannot express the model, ``dtype`` cannot
+            express a number, or ``hf_dir`` exists.
         OSError: ``hf_dir`` cannot be written.
     """
     directory = Path(source)
@@ -131,9 +148,10 @@ def export_checkpoint(
     spec = load_any_spec(directory / CONFIG_FILE)
     ops = exporting_family(spec).weight_map(spec.model)
     with open_zoo(directory, spec.model) as tensors:
-        converted = tracked(Stream(ops, tensors, to_zoo=False), "exporting", progress)
-        dtype = tensors.dtype("embed_tokens.weight")
-        write_published(converted, spec, hf_dir, dtype, directory, max_shard_bytes=max_shard_bytes)
+        outward = Export(ops, tensors, dtype=dtype, kept=buffer_names(spec.model))
+        declared = str(dtype).removeprefix("torch.") if dtype else tensors.dtype("embed_tokens.weight")
+        converted = tracked(outward, "exporting", progress)
+        write_published(converted, spec, hf_dir, declared, directory, max_shard_bytes=max_shard_bytes)
     return Conversion(spec, Path(hf_dir), _elements(spec.model), ())
 
 
@@ -161,31 +179,6 @@ def write_published(
         write_tensors(aside, tensors, max_shard_bytes)
         published |= _special_ids(aside) | {"torch_dtype": dtype}
         (aside / "config.json").write_text(json.dumps(published, indent=2) + "\n", encoding="utf-8")
-
-
-class Stream:
-    """The tensors of a source after a weight map, one group at a time."""
-
-    def __init__(
-        self, ops: list[Op], source: TensorSource, *, to_zoo: bool = True, left_out: Iterable[str] = ()
-    ) -> None:
-        self._ops, self._source, self._to_zoo = ops, source, to_zoo
-        self._by_target = {name: op for op in ops for name in op.targets}
-        self.left_out = tuple(left_out)
-
-    def __len__(self) -> int:
-        return len(self._ops)
-
-    def read_region(self, name: str, region: Region, shape: Shape) -> Tensor:
-        """A box of our parameter ``name``, which has ``shape``; nothing else is read."""
-        return self._by_target[name].region_to_zoo(name, region, shape, self._source.read_region)
-
-    def groups(self) -> Iterator[Named]:
-        """For every operation, its tensors."""
-        for op in self._ops:
-            yield op.to_zoo(self._source.read) if self._to_zoo else op.to_published(self._source.read)
-            # The pages of an open file count as ours; closed after each group, they do not add up to the checkpoint.
-            self._source.close()
 
 
 def published_directory(source: str | Path) -> Path:
@@ -247,7 +240,8 @@ def published_tensors(spec: AnySpec, hf: Mapping[str, Any], names: Collection[st
 def open_published(directory: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[AnySpec, Stream]]:
     """The model in a published directory and its tensors under our names, checked but not read yet.
 
-    ``dtype`` is that of weights which are stored in FP8; see ``published_source``.
+    ``dtype`` is what parameters become where they are read whole; by default they stay as stored, and those in FP8
+    become bf16.
     """
     spec = published_spec(directory)
     hf = read_json(directory / "config.json")
@@ -259,7 +253,9 @@ def open_published(directory: Path, dtype: torch.dtype | None = None) -> Iterato
         left_out = check_tensors(source, published.shapes, ops, published.ignored)
         for copy, original, why in published.repeated():
             check_copy(source, copy, original, why)
-        yield spec, Stream(ops, source, left_out=left_out)
+        kept = buffer_names(spec.model) if dtype else ()
+        shapes = parameter_shapes(spec.model)
+        yield spec, Stream(ops, source, shapes, dtype=dtype, kept=kept, left_out=left_out)
 
 
 @contextmanager
@@ -268,18 +264,6 @@ def open_zoo(directory: Path, config: AnyConfig) -> Iterator[TensorSource]:
     with TensorSource(directory) as source:
         check_tensors(source, parameter_shapes(config), ())
         yield source
-
-
-def tracked(stream: Stream, description: str, show: bool) -> Named:
-    """The tensors of ``stream``, with a progress bar over its groups."""
-    from rich.console import Console
-    from rich.progress import track
-
-    groups = track(
-        stream.groups(), description, total=len(stream), console=Console(stderr=True), disable=not show, transient=True
-    )
-    for group in groups:
-        yield from group
 
 
 def _special_ids(directory: Path) -> dict[str, Any]:

@@ -33,6 +33,8 @@ class Fp8Source(TensorSource):
         ValueError: as ``TensorSource``, or one of a pair without the other, of shapes or dtypes that do not fit.
     """
 
+    mapped = False
+
     def __init__(self, directory: Path, block: tuple[int, int], dtype: torch.dtype) -> None:
         super().__init__(directory)
         self._block, self._dtype = block, dtype

@@ -15,8 +15,9 @@ from zoo.encoder_decoder_config import AnySpec, load_any_spec
 from zoo.model import Decoder
 from zoo.registry import all_names, checkpoints, encoder_decoder_names, find_any_spec, unknown
 from zoo.tokenizer import Tokenizer, check_vocab
-from zoo.weights.convert import open_published, open_zoo, published_directory, skeleton, tracked
+from zoo.weights.convert import open_published, open_zoo, published_directory, skeleton
 from zoo.weights.hub import download, is_hub_id
+from zoo.weights.stream import tracked
 from zoo.weights.target import ADAPTER_FILE, MAX_SHARD_BYTES, copy_tokenizer, new_directory, write_tensors
 
 

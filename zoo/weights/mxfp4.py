@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 GROUP = 32
 """Values that share a scale."""
 
+GROUPS = 16_384
+"""So many are unpacked at once: what is needed besides the result is small."""
+
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """What three bits of exponent and mantissa stand for; the fourth, highest bit is the sign (section 5.3.3)."""
 
@@ -35,6 +38,8 @@ class Mxfp4Source(TensorSource):
     Raises:
         ValueError: as ``TensorSource``, or one of a pair without the other, of shapes or dtypes that do not fit.
     """
+
+    mapped = False
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
@@ -98,7 +103,13 @@ def unpack(blocks: Tensor, scales: Tensor) -> Tensor:
     """blocks [..., G, 16] uint8, scales [..., G] uint8 → values [..., 32·G] bf16."""
     import torch
 
-    values = torch.tensor((*VALUES, *(-v for v in VALUES)))
-    halves = torch.stack((blocks & 0xF, blocks >> 4), dim=-1).flatten(-2)
-    scaled = torch.ldexp(values[halves.int()], scales.int().unsqueeze(-1) - SCALE_BIAS)
-    return scaled.flatten(-2).to(torch.bfloat16)
+    table = torch.tensor((*VALUES, *(-v for v in VALUES)), dtype=torch.bfloat16)
+    packed = blocks.reshape(-1, GROUP // 2)
+    powers = torch.ldexp(torch.ones(len(packed), 1, 1), scales.reshape(-1, 1, 1).int() - SCALE_BIAS).to(torch.bfloat16)
+    values = torch.empty((*packed.shape, 2), dtype=torch.bfloat16)
+    chunks = zip(values.split(GROUPS), packed.split(GROUPS), powers.split(GROUPS), strict=True)
+    for part, pairs, power in chunks:
+        part[..., 0] = table[(pairs & 0xF).int()]
+        part[..., 1] = table[(pairs >> 4).int()]
+        part *= power
+    return values.view(*blocks.shape[:-2], -1)

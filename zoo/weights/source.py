@@ -48,6 +48,9 @@ class TensorSource:
         ValueError: there are no safetensors, a file is damaged, or the index and the files disagree.
     """
 
+    mapped = True
+    """Whether a tensor that is read is a view of its file, and takes no memory of its own."""
+
     def __init__(self, directory: Path, prefix: str = "") -> None:
         self.directory = directory
         self._open_path: Path | None = None
