@@ -57,6 +57,12 @@ class RoutingConfig:
         return self.choice not in ("expert", "sinkhorn")
 
     @property
+    def tokenwise(self) -> bool:
+        """Whether what becomes of a token never depends on others."""
+        limited = self.capacity_factor is not None or self.eval_capacity_factor is not None
+        return self.choice in ("token", "hash") and not limited
+
+    @property
     def random(self) -> bool:
         """Whether training draws numbers."""
         return bool(self.noise or self.jitter or self.router_dropout or self.second_expert_threshold)

@@ -94,7 +94,7 @@ def stream(
     rows = list(range(len(prompts)))  # the prompt that each row of the batch continues
     new_tokens: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(prompts)
-    logits = model(ids, attention_mask=mask, cache=cache, logits_to_keep=1).logits[:, -1]
+    logits = model(ids, attention_mask=mask, cache=cache, last=1).logits[:, -1]
     for step in range(1, max_new_tokens + 1):
         tokens = choose(logits)
         for row, token in zip(rows, tokens.tolist(), strict=True):

@@ -32,7 +32,7 @@ from zoo.layers.mla import MLA
 from zoo.layers.norm import LayerNorm, RMSNorm, UnitOffsetRMSNorm
 from zoo.layers.rope import NoRotary, Rotary
 from zoo.layers.scaling import Scale, ScaledEmbedding, SoftCap
-from zoo.layers.sequence import SequenceLayout, sequence_layout
+from zoo.layers.sequence import SequenceLayout, sequence_layout, tail
 from zoo.moe.layer import MoE, moe_layer
 from zoo.moe.router import RouterOutput
 
@@ -42,11 +42,12 @@ class DecoderOutput:
     """Result of one forward."""
 
     logits: Tensor
-    """[B, S or logits_to_keep, V]"""
+    """[B, S, last or logits_to_keep, V]"""
     hidden: Tensor
-    """[B, S, D], after the final norm."""
+    """[B, S or last, D], after the final norm."""
     router_outputs: tuple[RouterOutput, ...]
-    """One a MoE layer, in order, each over all B·S tokens; those of MTP modules, where they ran, last."""
+    """One a MoE layer, in order, each over all B·S tokens (of the final block with ``last`` over B·last); those of MTP
+    modules, where they ran, after them."""
     mtp_hidden: tuple[Tensor, ...] = ()
     """Of MTP module k = 1, 2, …, where they ran: [B, S, D]; ``Decoder.logits`` of position i are those of token
     i + k + 1. The last k positions of a row or document are meaningless."""
@@ -70,12 +71,18 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor], cache: LayerCache | None
+        self,
+        x: Tensor,
+        layout: SequenceLayout,
+        rotary: tuple[Tensor, Tensor],
+        cache: LayerCache | None,
+        last: int | None = None,
     ) -> tuple[Tensor, RouterOutput | None]:
-        """x [B, S, D] → ([B, S, D], the routing where the FFN is MoE)."""
-        x = x + self.mixer_dropout(self.mixer_post_norm(self.mixer(self.mixer_norm(x), layout, rotary, cache)))
+        """x [B, S, D] → ([B, S, D], the routing where the FFN is MoE); with ``last`` both of the last tokens only."""
+        mixed = self.mixer(self.mixer_norm(x), layout, rotary, cache, last)
+        x = tail(x, last) + self.mixer_dropout(self.mixer_post_norm(mixed))
         h = self.ffn_norm(x)
-        out, routing = self.ffn(h, layout) if isinstance(self.ffn, MoE) else (self.ffn(h), None)
+        out, routing = self.ffn(h, layout.last(last)) if isinstance(self.ffn, MoE) else (self.ffn(h), None)
         return x + self.ffn_dropout(self.ffn_post_norm(out)), routing
 
 
@@ -95,12 +102,17 @@ class MTPModule(Block):
         self.norm = _norm(config)
 
     def forward(
-        self, x: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor], cache: LayerCache | None
+        self,
+        x: Tensor,
+        layout: SequenceLayout,
+        rotary: tuple[Tensor, Tensor],
+        cache: LayerCache | None,
+        last: int | None = None,
     ) -> tuple[Tensor, RouterOutput | None]:
         """x [B, S, 2·D], embeddings of the tokens k later beside hᵏ⁻¹ → (hᵏ [B, S, D], the routing if MoE)."""
         embeddings, hidden = x.chunk(2, dim=-1)
         x = self.eh_proj(torch.cat((self.enorm(embeddings), self.hnorm(hidden)), dim=-1))
-        x, routing = super().forward(x, layout, rotary, cache)
+        x, routing = super().forward(x, layout, rotary, cache, last)
         return self.norm(x), routing
 
 
@@ -127,6 +139,7 @@ class Decoder(nn.Module):
         *,
         document_ids: Tensor | None = None,
         cache: Cache | None = None,
+        last: int | None = None,
         logits_to_keep: int | None = 0,
         mtp: bool = False,
     ) -> DecoderOutput:
@@ -138,12 +151,16 @@ class Decoder(nn.Module):
             document_ids: [B, S] int64 for packed documents: attention stays within neighbours of equal id and
                 positions restart at each document.
             cache: from ``new_cache``; the new tokens are appended to it.
+            last: hidden states and logits of the last so many positions only; None: of all. Of the others the final
+                block computes keys and values and nothing else, so that its routing is of these positions only.
             logits_to_keep: compute logits of the last so many positions only; 0 is all, ``None`` none.
             mtp: run the MTP modules as well, on all positions; not with a cache, which is of the layers only.
 
         Raises:
-            ValueError: shapes that do not fit, a full cache, or ``mtp`` with a cache.
+            ValueError: shapes that do not fit, a full cache, or ``mtp`` or ``document_ids`` with what they exclude.
         """
+        if last is not None and (mtp or document_ids is not None):
+            raise ValueError(f"last = {last} with mtp or document_ids: they need every position; leave one out")
         if cache is not None:
             if mtp:
                 raise ValueError("mtp = True with a cache: the modules need the tokens that follow; leave one out")
@@ -156,15 +173,18 @@ class Decoder(nn.Module):
             past_valid=cache.valid if cache else None,
         )
         x = self.embed_tokens(input_ids)
+        routing = self.config.moe.routing if self.config.moe else None
+        of_final = last if routing is None or routing.tokenwise else None
         rotary = self.rotary(layout.positions, layout.keys, x.dtype)
         router_outputs = []
         for i, block in enumerate(self.layers):
-            x, routing = block(x, layout, rotary, cache.layers[i] if cache else None)
-            if routing is not None:
-                router_outputs.append(routing)
+            is_final = i == len(self.layers) - 1
+            x, routed = block(x, layout, rotary, cache.layers[i] if cache else None, of_final if is_final else None)
+            if routed is not None:
+                router_outputs.append(routed)
         if cache is not None:
             cache.advance(input_ids.shape[1], attention_mask)
-        hidden = self.norm(x)
+        hidden = self.norm(tail(x, last))
         mtp_hidden, mtp_routing = self._look_ahead(hidden, input_ids, layout, rotary) if mtp else ((), ())
         kept = hidden[:, :0] if logits_to_keep is None else hidden[:, -logits_to_keep:]
         return DecoderOutput(self.logits(kept), hidden, (*router_outputs, *mtp_routing), mtp_hidden)

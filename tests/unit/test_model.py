@@ -12,6 +12,7 @@ from zoo.config import AttentionConfig, MLAConfig, ModelConfig, MoEConfig, RopeC
 from zoo.layers.mla import MLA
 from zoo.layers.sequence import sequence_layout
 from zoo.model import Decoder, build
+from zoo.registry import find_spec, model_names, paper_names
 
 MLA_CONFIG = MLAConfig(
     num_heads=4, kv_lora_rank=16, q_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6
@@ -143,6 +144,37 @@ def test_no_later_token_changes_an_earlier_output(model: Decoder) -> None:
 def test_logits_to_keep_are_the_last_ones(model: Decoder) -> None:
     tokens = ids(2, 7)
     torch.testing.assert_close(model(tokens, logits_to_keep=2).logits, model(tokens).logits[:, -2:])
+
+
+@pytest.mark.parametrize("name", [name for name in (*model_names(), *paper_names()) if name.endswith("-tiny")])
+@torch.no_grad()
+def test_the_last_positions_alone_are_as_among_all(name: str) -> None:
+    small = replace(find_spec(name).model, vocab_size=64, initializer_range=0.1)
+    model = build(small, dtype=torch.float64).eval()
+    tokens = ids(3, 12)
+    mask = torch.ones_like(tokens)
+    mask[1, :4] = 0
+    whole = model(tokens, mask)
+    for last in (1, 3, 12):
+        part = model(tokens, mask, last=last)
+        torch.testing.assert_close(part.hidden[mask[:, -last:] != 0], whole.hidden[:, -last:][mask[:, -last:] != 0])
+        torch.testing.assert_close(part.logits[:, -1], whole.logits[:, -1])
+
+    routing = small.moe.routing if small.moe else None
+    if routing is not None and (not routing.causal or routing.eval_capacity_factor is not None):
+        return  # places in the experts are given among the tokens of one forward
+    caches = [model.new_cache(3, 14) for _ in range(2)]
+    for cache, last in zip(caches, (2, None), strict=True):
+        model(tokens[:, :5], mask[:, :5], cache=cache, last=last)
+        part = model(tokens[:, 5:], mask[:, 5:], cache=cache, last=last)
+        torch.testing.assert_close(part.hidden[:, -2:], whole.hidden[:, -2:])
+    torch.testing.assert_close(*(model(tokens[:, :2], cache=cache).logits for cache in caches))
+
+
+@torch.no_grad()
+def test_the_last_positions_are_refused_where_all_are_needed(model: Decoder) -> None:
+    with pytest.raises(ValueError, match="last = 2 with mtp or document_ids"):
+        model(ids(1, 4), document_ids=torch.zeros(1, 4, dtype=torch.long), last=2)
 
 
 def test_cache_refuses_what_does_not_fit(model: Decoder) -> None:

@@ -65,17 +65,22 @@ class PrefixAttention(nn.Module):
             self.register_parameter(part, parameter)
 
     def forward(
-        self, x: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor], cache: LayerCache | None
+        self,
+        x: Tensor,
+        layout: SequenceLayout,
+        rotary: tuple[Tensor, Tensor],
+        cache: LayerCache | None,
+        last: int | None = None,
     ) -> Tensor:
         """See ``Attention``."""
-        base = self.base
-        q, k, v = base.project(x)
-        q, k = base.place(q, k, layout, rotary)
+        base, asking = self.base, layout.last(last)
+        q, k, v = base.project(x, last)
+        q, k = base.place(q, k, asking, rotary)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(layout.past, k, v)
         k, v = self._before(self.keys, k), self._before(self.values, v)
-        out: Tensor = base.o_proj(base.attend(q, k, v, self._seen(layout.within(base.window))).flatten(-2))
+        out: Tensor = base.o_proj(base.attend(q, k, v, self._seen(asking.within(base.window))).flatten(-2))
         return out
 
     def new_cache(self, batch_size: int, max_length: int) -> LayerCache:

@@ -1,6 +1,7 @@
 """Multi-head and grouped-query attention (arXiv 1706.03762, arXiv 2305.13245).
 
-Shapes: B batch, S sequence, D model, H query heads, G key/value heads, d head size, L key slots.
+Shapes: B batch, S sequence, D model, H query heads, Q asking tokens, G key/value heads, d head
+size, L key slots.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from zoo.cache import LayerCache
 from zoo.config import ModelConfig
 from zoo.layers.attend import attend, attend_softcapped, attend_with_sinks
 from zoo.layers.norm import RMSNorm, RMSNormAcrossHeads
-from zoo.layers.rope import rotate
-from zoo.layers.sequence import SequenceLayout
+from zoo.layers.rope import rotary_of_last, rotate
+from zoo.layers.sequence import SequenceLayout, tail
 
 
 class Attention(nn.Module):
@@ -37,31 +38,46 @@ class Attention(nn.Module):
         self.k_norm = _qk_norm(config, kv_width)
 
     def forward(
-        self, x: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor], cache: LayerCache | None
+        self,
+        x: Tensor,
+        layout: SequenceLayout,
+        rotary: tuple[Tensor, Tensor],
+        cache: LayerCache | None,
+        last: int | None = None,
     ) -> Tensor:
-        """x [B, S, D], rotary cos and sin [B, S, 1, d/2] → [B, S, D]; appends k and v to ``cache`` where given."""
-        q, k, v = self.project(x)
-        q, k = self.place(q, k, layout, rotary)
+        """x [B, S, D], rotary cos and sin [B, S, 1, d/2] → [B, S, D]; appends k and v to ``cache`` where given.
+
+        With ``last`` only so many tokens, the last, ask: [B, last, D].
+        """
+        asking = layout.last(last)
+        q, k, v = self.project(x, last)
+        q, k = self.place(q, k, asking, rotary)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(layout.past, k, v)
-        return self.o_proj(self.attend(q, k, v, layout.within(self.window)).flatten(-2))
+        return self.o_proj(self.attend(q, k, v, asking.within(self.window)).flatten(-2))
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, S, D] → q [B, S, H, d], k and v [B, S, G, d], normalised where they are."""
+    def project(self, x: Tensor, last: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, S, D] → q [B, S or last, H, d], k and v [B, S, G, d], normalised where they are."""
+        asking = tail(x, last)
+        q = self.q_proj(asking).view(*asking.shape[:2], -1, self.head_dim)
         heads = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
+        k, v = self.k_proj(x).view(heads), self.v_proj(x).view(heads)
         return self.q_norm(q), self.k_norm(k), v
 
     def place(
         self, q: Tensor, k: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """q [B, S, H, d] and k [B, S, G, d] → the same, knowing their positions."""
+        """q [B, Q, H, d] of the last tokens and k [B, S, G, d] → the same, knowing their positions.
+
+        ``layout`` is that of the Q tokens, ``rotary`` of all.
+        """
         assert self.rope is not None
-        return rotate(q, *rotary, self.rope.layout), rotate(k, *rotary, self.rope.layout)
+        of_queries = rotary_of_last(rotary, q.shape[1])
+        return rotate(q, *of_queries, self.rope.layout), rotate(k, *rotary, self.rope.layout)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
-        """q [B, H, S, d], k and v [B, G, L, d] → [B, S, H, d]."""
+        """q [B, H, Q, d], k and v [B, G, L, d] → [B, Q, H, d]; ``layout`` is that of the Q tokens."""
         return attend(q, k, v, layout, self.scale)
 
     def new_cache(self, batch_size: int, max_length: int) -> LayerCache:
@@ -115,9 +131,9 @@ class ClampedAttention(Attention):
         assert config.attention is not None and config.attention.clip_qkv is not None
         self.bound = config.attention.clip_qkv
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, last: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """See ``Attention``."""
-        q, k, v = (tensor.clamp(-self.bound, self.bound) for tensor in super().project(x))
+        q, k, v = (tensor.clamp(-self.bound, self.bound) for tensor in super().project(x, last))
         return q, k, v
 
 

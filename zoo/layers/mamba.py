@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo.cache import LayerCache, StateCache
 from zoo.config import ModelConfig
 from zoo.layers.norm import RMSNorm
-from zoo.layers.sequence import RecurrentOrder, SequenceLayout
+from zoo.layers.sequence import RecurrentOrder, SequenceLayout, tail
 
 CHUNK = 32
 """Tokens whose states are in memory together, and computed in log₂ of so many steps."""
@@ -50,9 +50,14 @@ class Mamba(nn.Module):
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor], cache: LayerCache | None
+        self,
+        x: Tensor,
+        layout: SequenceLayout,
+        rotary: tuple[Tensor, Tensor],
+        cache: LayerCache | None,
+        last: int | None = None,
     ) -> Tensor:
-        """x [B, S, D] → [B, S, D]; ``cache`` goes on to the last token. Positions are not looked at."""
+        """x [B, S, D] → [B, S or last, D]; ``cache`` goes on to the last token. Positions are not looked at."""
         order = layout.recurrent_order
         if order is not None:
             x = _in_order(x, order.index)
@@ -64,7 +69,7 @@ class Mamba(nn.Module):
         if cache is not None:
             cache.buffers = (history, state)
         out: Tensor = self.out_proj(y * F.silu(gate))
-        return out if order is None else _in_order(out, order.inverse)
+        return tail(out if order is None else _in_order(out, order.inverse), last)
 
     def new_cache(self, batch_size: int, max_length: int) -> LayerCache:
         """Nothing seen yet: inputs [B, W - 1, I] and state [B, I, N], which is fp32 at least."""

@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1, equations 9 to 19).
 
-Shapes: B batch, S sequence, D model, H heads, L key slots, r kv_lora_rank, n qk_nope_head_dim, p qk_rope_head_dim,
-v v_head_dim.
+Shapes: B batch, S sequence, Q asking tokens, D model, H heads, L key slots, r kv_lora_rank, n qk_nope_head_dim,
+p qk_rope_head_dim, v v_head_dim.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from zoo.cache import LayerCache
 from zoo.config import ModelConfig
 from zoo.layers.attend import attend
 from zoo.layers.norm import RMSNorm
-from zoo.layers.rope import rotate, yarn_mscale
-from zoo.layers.sequence import SequenceLayout
+from zoo.layers.rope import rotary_of_last, rotate, yarn_mscale
+from zoo.layers.sequence import SequenceLayout, tail
 
 
 class MLA(nn.Module):
@@ -57,28 +57,38 @@ class MLA(nn.Module):
         self.absorbed_up_to = math.inf if more <= 0 else expansion / more
 
     def forward(
-        self, x: Tensor, layout: SequenceLayout, rotary: tuple[Tensor, Tensor], cache: LayerCache | None
+        self,
+        x: Tensor,
+        layout: SequenceLayout,
+        rotary: tuple[Tensor, Tensor],
+        cache: LayerCache | None,
+        last: int | None = None,
     ) -> Tensor:
-        """x [B, S, D], rotary cos and sin [B, S, 1, p/2] → [B, S, D]; appends the latent to ``cache`` where given."""
-        q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if self.has_q_latent else self.q_proj(x)
+        """x [B, S, D], rotary cos and sin [B, S, 1, p/2] → [B, S, D]; appends the latent to ``cache`` where given.
+
+        With ``last`` only so many tokens, the last, ask: [B, last, D].
+        """
+        asking, x_q = layout.last(last), tail(x, last)
+        q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_q))) if self.has_q_latent else self.q_proj(x_q)
         q_nope, q_rope = q.unflatten(-1, (-1, self.nope + self.rope)).split((self.nope, self.rope), dim=-1)
-        q_rope = rotate(q_rope, *rotary, self.rope_layout)
+        q_rope = rotate(q_rope, *rotary_of_last(rotary, q.shape[1]), self.rope_layout)
         latent, k_rope = self.kv_a_proj(x).split((self.kv_lora_rank, self.rope), dim=-1)
         k_rope = rotate(k_rope.unsqueeze(2), *rotary, self.rope_layout).squeeze(2)
         keys = torch.cat((self.kv_a_norm(latent), k_rope), dim=-1)
         if cache is not None:
             (keys,) = cache.append(layout.past, keys)
-        form = self.absorbed if layout.past and x.shape[1] <= self.absorbed_up_to else self.expanded
-        return self.o_proj(form(q_nope, q_rope, keys, layout).flatten(-2))
+        form = self.absorbed if asking.past and q.shape[1] <= self.absorbed_up_to else self.expanded
+        return self.o_proj(form(q_nope, q_rope, keys, asking).flatten(-2))
 
     def expanded(self, q_nope: Tensor, q_rope: Tensor, keys: Tensor, layout: SequenceLayout) -> Tensor:
         """The paper's equations as written: keys and values of every head are made from the latent.
 
         Args:
-            q_nope: [B, S, H, n]. q_rope: [B, S, H, p]. keys: [B, L, r + p], latent and rotary key.
+            q_nope: [B, Q, H, n]. q_rope: [B, Q, H, p]. keys: [B, L, r + p], latent and rotary key.
+            layout: of the Q tokens.
 
         Returns:
-            [B, S, H, v].
+            [B, Q, H, v].
         """
         latent, k_rope = keys.split((self.kv_lora_rank, self.rope), dim=-1)
         kv = self.kv_b_proj(latent).unflatten(-1, (-1, self.nope + self.v_head_dim)).transpose(1, 2)

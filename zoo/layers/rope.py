@@ -108,6 +108,12 @@ class Rotary:
         return torch.cat((join((cos, cos), -1), join((-sin, sin), -1)), dim=-1)
 
 
+def rotary_of_last(rotary: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, S, 1, d] → those of the last ``count`` tokens."""
+    cos, sin = rotary
+    return rotary if count == cos.shape[1] else (cos[:, -count:], sin[:, -count:])
+
+
 class NoRotary:
     """Takes the place of ``Rotary`` in a model without rotary positions: cos and sin of no pair."""
 

@@ -92,6 +92,17 @@ class SequenceLayout:
             return torch.arange(self.keys, device=self.positions.device)[None]
         return ((self.segments >= 0).cumsum(1) - 1).clamp(min=0)  # with cached tokens there are no documents
 
+    def last(self, count: int | None) -> SequenceLayout:
+        """The layout for which only the last ``count`` new tokens are new; None: all of them."""
+        if count is None or count >= self.positions.shape[1]:
+            return self
+        return replace(
+            self,
+            positions=self.positions[:, -count:],
+            past=self.keys - count,
+            input_ids=self.input_ids[:, -count:],
+        )
+
     @cached_property
     def mask(self) -> Tensor | None:
         """[B or 1, 1, S, L] bool, True where a query (row) sees a key (column); None where plain causality says it all.
@@ -189,6 +200,11 @@ def sequence_layout(
         valid = torch.cat((earlier, valid), dim=1)
     positions = (valid.cumsum(1) - 1).clamp(min=0)[:, past:]
     return SequenceLayout(rows, positions, past, valid.long() - 1, input_ids)
+
+
+def tail(x: Tensor, last: int | None) -> Tensor:
+    """x [B, S, ...] → its ``last`` tokens; None: all."""
+    return x if last is None else x[:, -last:]
 
 
 def positions_in_runs(segments: Tensor) -> Tensor:
