@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 TOKENS_AT_ONCE = 4096
 """Most tokens of a forward that scores, unless one input alone has more."""
+REMEMBERED = 64
+"""Texts whose tokens are remembered."""
 LOGITS_AT_ONCE = 2**24
 """Logits that are in memory together."""
 
@@ -84,6 +87,8 @@ class ZooLM(TemplateLM):
         self.max_gen_toks = max_gen_toks
         self.add_bos = self.tokenizer.add_bos if add_bos_token is None else add_bos_token
         self._bos_text = None if self.tokenizer.bos_id is None else self.tokenizer.id_to_token(self.tokenizer.bos_id)
+        # A question is asked for again with each of its answers.
+        self._encode = lru_cache(REMEMBERED)(self._encode_now)
         self.num_truncated = 0
         """Requests so far whose context did not fit and lost its beginning."""
         self._device = self.model.embed_tokens.weight.device
@@ -103,8 +108,11 @@ class ZooLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids of ``string``, by default with BOS as configured, and once where the text spells it already."""
         if add_special_tokens is None and self._bos_text and string.startswith(self._bos_text):
-            return self.tokenizer.encode(string.removeprefix(self._bos_text), bos=True)
-        return self.tokenizer.encode(string, bos=self.add_bos and add_special_tokens is not False)
+            return list(self._encode(string.removeprefix(self._bos_text), True))
+        return list(self._encode(string, self.add_bos and add_special_tokens is not False))
+
+    def _encode_now(self, string: str, bos: bool) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(string, bos=bos))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text, in windows of ``max_length`` tokens that predict every token once."""
@@ -134,9 +142,9 @@ class ZooLM(TemplateLM):
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm or None, desc="Scoring continuations") as bar:
             for groups in batches(grouped(inputs), budget):
-                for batch, past, hidden in self._hidden(groups, budget, slots):
+                for batch, before, hidden in self._hidden(groups, budget, slots):
                     spans = [
-                        (row, number, range(span.start - past, span.stop - past))
+                        (row, number, range(span.start - before, span.stop - before))
                         for row, one in enumerate(batch)
                         for number, span in rows[one.tokens]
                     ]
@@ -173,21 +181,25 @@ class ZooLM(TemplateLM):
         return rows
 
     def _hidden(self, groups: Sequence[Group], budget: int, slots: int) -> Iterator[tuple[list[Input], int, Tensor]]:
-        """Rows of ``groups``, the number of tokens before their hidden states, and those [B, S, D], padded."""
+        """Rows of ``groups``, the number of tokens before their hidden states, and those [B, S, D], padded.
+
+        No row's wanted ones begin before.
+        """
         past = min(group.shared for group in groups)
         owners = {one.tokens: row for row, group in enumerate(groups) for one in group.inputs}
         cache = None
         if past:
             beginnings = torch.tensor([group.inputs[0].tokens[:past] for group in groups], device=self._device)
             cache = self.model.new_cache(len(groups), past)
-            self.model(beginnings, cache=cache, logits_to_keep=None)
+            self.model(beginnings, cache=cache, last=1, logits_to_keep=None)
         for batch in padded((one for group in groups for one in group.inputs), budget, past, slots):
             ids = _right_padded([one.tokens[past:] for one in batch], self._device)
+            first, end = min(one.first for one in batch), past + ids.shape[1]
             branch = None
             if cache is not None:
                 rows = torch.tensor([owners[one.tokens] for one in batch], device=self._device)
-                branch = cache.branch(rows, past + ids.shape[1])
-            yield batch, past, self.model(ids, cache=branch, logits_to_keep=None).hidden
+                branch = cache.branch(rows, end)
+            yield batch, first, self.model(ids, cache=branch, last=end - first, logits_to_keep=None).hidden
 
     def _score(self, hidden: Tensor, wanted: Sequence[tuple[int, range, list[int]]]) -> list[tuple[float, bool]]:
         """Scores of continuations, given hidden [B, S, D] and the row and the columns that predict each of them."""
