@@ -203,7 +203,7 @@ def _only_in_training(config: ModelConfig) -> int:
     per_layer = _noise(config.moe, config.hidden_size)
     if config.moe.routing.dense_training:
         others = config.moe.num_experts - config.moe.top_k
-        per_layer += others * _swiglu(config.hidden_size, config.moe.moe_intermediate_size)
+        per_layer += others * _ffn(config.expert_ffn, config.hidden_size, config.moe.moe_intermediate_size)
     return per_layer * _num_moe_layers(config)
 
 
@@ -237,14 +237,16 @@ def summary(config: ModelConfig, sequence_length: int) -> dict[str, Any]:
 def _layer(config: ModelConfig, layer: int) -> LayerParameters:
     width = config.hidden_size
     mixer = _mixer_parameters(config, layer)
+    norms, dense_ffn = _norms(config, layer), _ffn(config.ffn, width, config.intermediate_size)
     if not config.is_moe_layer(layer):
-        return LayerParameters(norms=_norms(config), mixer=mixer, dense_ffn=_swiglu(width, config.intermediate_size))
+        return LayerParameters(norms=norms, mixer=mixer, dense_ffn=dense_ffn)
     moe = _moe(config)
-    matrices = _swiglu(width, moe.moe_intermediate_size)
+    matrices = _ffn(config.expert_ffn, width, moe.moe_intermediate_size)
     expert = matrices + _expert_biases(width, moe)
     return LayerParameters(
-        norms=_norms(config),
+        norms=norms,
         mixer=mixer,
+        dense_ffn=dense_ffn if moe.dense_ffn else 0,
         router=_router(moe, width) + _noise(moe, width),
         routed_experts=moe.num_experts * expert,
         active_experts=moe.top_k * expert,
@@ -268,9 +270,9 @@ def _mixer_parameters(config: ModelConfig, layer: int) -> int:
     return _attention_parameters(config.hidden_size, _attention(config))
 
 
-def _swiglu(hidden_size: int, width: int) -> int:
-    """Gate, up and down projection."""
-    return 3 * hidden_size * width
+def _ffn(kind: str, hidden_size: int, width: int) -> int:
+    """Up and down projection, and the gate where there is one."""
+    return (2 if kind == "relu" else 3) * hidden_size * width
 
 
 def _attention_parameters(hidden_size: int, a: AttentionConfig) -> int:
@@ -280,8 +282,9 @@ def _attention_parameters(hidden_size: int, a: AttentionConfig) -> int:
 
 
 def _attention_vectors(hidden_size: int, a: AttentionConfig) -> int:
-    """Biases, sinks and the norms of queries and keys: parameters that no token is matrix-multiplied with."""
+    """Biases (of scores too), sinks and the norms of queries and keys: no token is matrix-multiplied with them."""
     bias = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim if a.qkv_bias else 0
+    bias += a.relative_positions.num_buckets * a.num_heads if a.relative_positions else 0
     normed = {None: 0, "head": 2 * a.head_dim, "projection": (a.num_heads + a.num_kv_heads) * a.head_dim}
     return bias + (hidden_size if a.output_bias else 0) + normed[a.qk_norm] + (a.num_heads if a.sinks else 0)
 
@@ -346,12 +349,13 @@ def _non_matmul(config: ModelConfig, layer: int) -> int:
         moe = _moe(config)
         inside += _router_biases(moe) + _noise(moe, config.hidden_size)
         inside += moe.top_k * _expert_biases(config.hidden_size, moe)
-    return _norms(config) + inside
+    return _norms(config, layer) + inside
 
 
-def _norms(config: ModelConfig) -> int:
-    """Parameters of the norms around the mixer and the FFN of one layer."""
-    return (4 if config.norm_placement == "both" else 2) * config.hidden_size
+def _norms(config: ModelConfig, layer: int) -> int:
+    """Parameters of the norms around the sub-blocks of one layer: mixer and FFN, or mixer, experts and FFN."""
+    sub_blocks = 3 if config.is_moe_layer(layer) and _moe(config).dense_ffn else 2
+    return sub_blocks * (2 if config.norm_placement == "both" else 1) * config.hidden_size
 
 
 def _mean_visible(sequence_length: int, window: int | None) -> float:

@@ -79,6 +79,14 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RelativePositionConfig:
+    """Buckets of distances that bias the attention scores (``zoo/layers/relative_position.py``)."""
+
+    num_buckets: int
+    max_distance: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class InterleavedRopeConfig:
     """Chunks with rotary positions in most layers, everything without them in the others (Llama 4, published code)."""
 
@@ -118,6 +126,8 @@ class AttentionConfig:
     """Queries, keys and values are clamped to ± this before rotary."""
     interleaved_rope: InterleavedRopeConfig | None = None
     """Rotary positions in some layers only."""
+    relative_positions: RelativePositionConfig | None = None
+    """In place of rotary positions, scores have a bias for every head and distance, learned by each layer."""
 
     def window(self, layer: int) -> int | None:
         """Sliding window of layer number ``layer`` (from 0), None where it sees everything before it."""
@@ -178,6 +188,10 @@ class MoEConfig:
     """A trained bias of the router's logits."""
     swiglu_limit: float | None = None
     """Experts have biases and a SwiGLU clamped to ± this (``zoo/moe/clamped.py``)."""
+    ffn: Literal["relu"] | None = None
+    """What an expert computes; None: what the dense FFN does, ``ModelConfig.ffn``."""
+    dense_ffn: bool = False
+    """After the experts the dense FFN as well, in a sub-block of its own (arXiv 2202.08906, published code)."""
     num_shared_experts: int = 0
     """Shared experts are one FFN of ``num_shared_experts * moe_intermediate_size``."""
     shared_expert_gate: bool = False
@@ -217,8 +231,8 @@ class ModelConfig:
     """RMSNorm, RMSNorm whose parameter is what the factor differs from 1 by, or LayerNorm without bias."""
     norm_placement: Literal["before", "after", "both"] = "before"
     """Where the norms of a block stand: before the mixer and the FFN, after them inside the residual, or both."""
-    ffn: Literal["swiglu", "geglu"] = "swiglu"
-    """Gate of the FFN and of the experts: SiLU, or GELU in its tanh form."""
+    ffn: Literal["swiglu", "geglu", "relu"] = "swiglu"
+    """The FFN, and the experts where they have none of their own: gated by SiLU or tanh-form GELU, or max(0, W x)."""
     embedding_multiplier: float | None = None
     """Factor on the embeddings that enter the first block."""
     logit_multiplier: float | None = None
@@ -232,6 +246,11 @@ class ModelConfig:
     initializer_range: float = 0.02
     dropout: float = 0.0
     """Dropout of the output of every mixer and FFN, before it is added to the residual."""
+
+    @property
+    def expert_ffn(self) -> Literal["swiglu", "geglu", "relu"]:
+        """What an expert computes."""
+        return self.ffn if self.moe is None or self.moe.ffn is None else self.moe.ffn
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer number ``layer`` (from 0) has routed experts."""
@@ -253,13 +272,13 @@ class Published:
 
     Attributes:
         total: Parameters, such as 15.7B.
-        active: Parameters for one token, such as 2.4B.
+        active: Parameters for one token, such as 2.4B; None where they print none.
         input_embedding: Whether ``active`` counts the input embedding.
         cut: Whether the digits after the printed ones were cut off, not rounded.
     """
 
     total: str
-    active: str
+    active: str | None = None
     input_embedding: bool = True
     cut: bool = False
 

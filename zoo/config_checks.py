@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zoo.config import AttentionConfig, InterleavedRopeConfig, MambaConfig, ModelConfig, MoEConfig, RopeConfig
+    from zoo.config import (
+        AttentionConfig,
+        InterleavedRopeConfig,
+        MambaConfig,
+        ModelConfig,
+        MoEConfig,
+        RelativePositionConfig,
+        RopeConfig,
+    )
     from zoo.config_routing import RoutingConfig
 
 
@@ -39,12 +47,6 @@ def validate(c: ModelConfig) -> None:
     )
     scalings = [name for name in ("logit_multiplier", "logit_softcap") if getattr(c, name) is not None]
     _require(len(scalings) <= 1, "logits", " + ".join(scalings), "give at most one of these")
-    _require(
-        c.ffn == "swiglu" or c.moe is None or c.moe.swiglu_limit is None,
-        "ffn",
-        c.ffn,
-        "experts with a swiglu_limit are swiglu; use that, or drop the limit",
-    )
     if c.attention:
         _validate_attention(c.attention)
     if c.mla:
@@ -53,16 +55,38 @@ def validate(c: ModelConfig) -> None:
         )
     if c.mamba:
         _validate_mamba(c.mamba)
+    relative = c.attention is not None and c.attention.relative_positions is not None
     if c.rope:
         _validate_rope(c.rope)
+        _require(not relative, "rope", "given", "attention.relative_positions take its place; give rope: null")
     else:
         plain = c.attention is not None and not _kinds(c.attention)
-        _require(plain, "rope", None, "only plain attention goes without; give its theta")
+        _require(plain or relative, "rope", None, "only plain attention goes without; give its theta")
     _require(0 <= c.dropout < 1, "dropout", c.dropout, "give a probability below 1, or 0 for none")
     if c.moe:
         _validate_moe(c.moe, c.num_layers)
+        _validate_experts(c, c.moe)
         hashed = c.moe.routing is not None and c.moe.routing.choice == "hash"
         _require(not (hashed and c.mtp_depth), "mtp_depth", c.mtp_depth, "MTP modules cannot hash the tokens ahead; 0")
+
+
+def _validate_experts(c: ModelConfig, m: MoEConfig) -> None:
+    """What an expert computes."""
+    _require(
+        m.swiglu_limit is None or c.expert_ffn == "swiglu",
+        "ffn",
+        c.expert_ffn,
+        "experts with a swiglu_limit are swiglu; use that, or drop the limit",
+    )
+    _require(
+        not m.expert_dropout or (m.swiglu_limit is None and c.expert_ffn != "relu"),
+        "moe.expert_dropout",
+        m.expert_dropout,
+        "experts with a swiglu_limit or without a gate have none; set it to 0",
+    )
+    _require(
+        not (m.dense_ffn and c.mtp_depth), "mtp_depth", c.mtp_depth, "MTP modules have no FFN after their experts; 0"
+    )
 
 
 def _validate_mamba(m: MambaConfig) -> None:
@@ -118,6 +142,8 @@ def _validate_attention(a: AttentionConfig) -> None:
     if a.interleaved_rope:
         _require(a.sliding_window is None, "attention.sliding_window", a.sliding_window, "chunks take its place; null")
         _validate_interleaved_rope(a.interleaved_rope)
+    if a.relative_positions:
+        validate_relative_positions(a.relative_positions, "attention.relative_positions")
     _require(
         a.sliding_window is None or a.sliding_window >= 1,
         "attention.sliding_window",
@@ -146,7 +172,17 @@ def _validate_attention(a: AttentionConfig) -> None:
 
 def _kinds(a: AttentionConfig) -> list[str]:
     """The fields that make another attention than the plain one."""
-    return [n for n in ("logit_softcap", "sinks", "clip_qkv", "interleaved_rope") if getattr(a, n)]
+    kinds = ("logit_softcap", "sinks", "clip_qkv", "interleaved_rope", "relative_positions")
+    return [n for n in kinds if getattr(a, n)]
+
+
+def validate_relative_positions(p: RelativePositionConfig, name: str) -> None:
+    """Raise ``ValueError`` where the buckets of the block ``name`` cannot be told apart."""
+    buckets, distance = p.num_buckets, p.max_distance
+    _require(buckets >= 4 and buckets % 2 == 0, f"{name}.num_buckets", buckets, "give an even number from 4")
+    _require(
+        distance > buckets // 2, f"{name}.max_distance", distance, f"it must exceed half of num_buckets = {buckets}"
+    )
 
 
 def _validate_interleaved_rope(r: InterleavedRopeConfig) -> None:
@@ -224,12 +260,6 @@ def _validate_moe(m: MoEConfig, num_layers: int) -> None:
     )
     _require(
         0 <= m.expert_dropout < 1, "moe.expert_dropout", m.expert_dropout, "give a probability below 1, or 0 for none"
-    )
-    _require(
-        not m.expert_dropout or m.swiglu_limit is None,
-        "moe.expert_dropout",
-        m.expert_dropout,
-        "experts with a swiglu_limit have none; set it to 0",
     )
     if m.routing:
         _validate_routing(m.routing, m)

@@ -9,16 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from zoo.config import ENCODER_DECODER_KEY, ModelConfig, ModelSpec, not_a_decoder
+from zoo.config import ENCODER_DECODER_KEY, ModelConfig, ModelSpec, RelativePositionConfig, not_a_decoder
+from zoo.config_checks import validate_relative_positions
 from zoo.config_reading import from_dict, load_yaml
-
-
-@dataclass(frozen=True, kw_only=True)
-class RelativePositionConfig:
-    """Buckets of distances that bias the attention scores (``zoo/layers/relative_position.py``)."""
-
-    num_buckets: int
-    max_distance: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,21 +67,10 @@ class EncoderDecoderConfig:
         _require(self.norm_eps > 0, "norm_eps", self.norm_eps, "give a positive number such as 1e-6")
         start = self.decoder_start_id
         _require(0 <= start < self.vocab_size, "decoder_start_id", start, f"give an id below {self.vocab_size}")
-        _validate_positions(self.relative_positions)
+        validate_relative_positions(self.relative_positions, "relative_positions")
         if self.moe:
             _validate_moe(self.moe, min(self.num_encoder_layers, self.num_decoder_layers))
             _require(self.ffn == "relu", "ffn", self.ffn, "experts have no gate; use relu, or drop the moe block")
-
-
-def _validate_positions(p: RelativePositionConfig) -> None:
-    buckets, distance = p.num_buckets, p.max_distance
-    _require(buckets >= 4 and buckets % 2 == 0, "relative_positions.num_buckets", buckets, "give an even number from 4")
-    _require(
-        distance > buckets // 2,
-        "relative_positions.max_distance",
-        distance,
-        f"it must exceed half of num_buckets = {buckets}",
-    )
 
 
 def _validate_moe(m: CappedMoEConfig, num_layers: int) -> None:

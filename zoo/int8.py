@@ -35,12 +35,12 @@ def quantize_int8(model: Decoder) -> None:
     experts = [block.ffn.experts for block in model.layers if isinstance(block.ffn, MoE)]
     if not all(isinstance(stack, StackedExperts) for stack in experts):
         raise ValueError("int8: experts with an adapter are not supported; merge it, or use dtype bfloat16")
-    if any(not isinstance(stack, Experts) for stack in experts):
-        raise ValueError("int8: experts without a gate are not supported; use dtype bfloat16")
-    if any(isinstance(stack, ClampedExperts) for stack in experts):
-        raise ValueError("int8: experts with biases and a clamp are not supported; use dtype bfloat16")
-    for ffn in [block.get_submodule("ffn") for block in model.layers]:
+    if any(isinstance(stack, ClampedExperts) or not isinstance(stack, Experts) for stack in experts):
+        raise ValueError("int8: experts with biases and a clamp, or without a gate, are not supported; use bfloat16")
+    children = [child for block in model.layers for child in block.named_children()]
+    for ffn in [module for name, module in children if name in ("ffn", "dense_ffn")]:
         if isinstance(ffn, MoE):
+            assert isinstance(ffn.experts, Experts)
             ffn.register_module("experts", Int8Experts(ffn.experts))
         for name, module in list(ffn.named_modules()):
             if isinstance(module, nn.Linear) and module.out_features > 1:

@@ -24,12 +24,13 @@ from zoo.layers.attention import (
     SinkAttention,
     SoftcappedAttention,
 )
-from zoo.layers.ffn import GATED
+from zoo.layers.ffn import FFNS
 from zoo.layers.interleaved_rope import ChunkedAttention, UnplacedAttention
 from zoo.layers.linear_nll import linear_nll
 from zoo.layers.mamba import Mamba, initial_parameter
 from zoo.layers.mla import MLA
 from zoo.layers.norm import LayerNorm, RMSNorm, UnitOffsetRMSNorm
+from zoo.layers.relative_attention import RelativeAttention
 from zoo.layers.rope import NoRotary, Rotary
 from zoo.layers.scaling import Scale, ScaledEmbedding, SoftCap
 from zoo.layers.sequence import SequenceLayout, sequence_layout, tail
@@ -86,6 +87,30 @@ class Block(nn.Module):
         return x + self.ffn_dropout(self.ffn_post_norm(out)), routing
 
 
+class SparseDenseBlock(Block):
+    """``Block`` with experts, and after them x + norm(dense_ffn(norm(x))) (arXiv 2202.08906, published code)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        before, after = config.norm_placement != "after", config.norm_placement != "before"
+        self.dense_ffn_norm = _norm(config) if before else nn.Identity()
+        self.dense_ffn = _ffn(config)
+        self.dense_ffn_post_norm = _norm(config) if after else nn.Identity()
+        self.dense_ffn_dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,
+        layout: SequenceLayout,
+        rotary: tuple[Tensor, Tensor],
+        cache: LayerCache | None,
+        last: int | None = None,
+    ) -> tuple[Tensor, RouterOutput | None]:
+        """See ``Block``."""
+        x, routing = super().forward(x, layout, rotary, cache, last)
+        return x + self.dense_ffn_dropout(self.dense_ffn_post_norm(self.dense_ffn(self.dense_ffn_norm(x)))), routing
+
+
 class MTPModule(Block):
     """One module of multi-token prediction (DeepSeek-V3, arXiv 2412.19437, equations 21 to 23).
 
@@ -123,7 +148,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = _embedding(config)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.layers = nn.ModuleList(_block(config, layer) for layer in range(config.num_layers))
         self.mtp = nn.ModuleList(MTPModule(config, config.num_layers + depth) for depth in range(config.mtp_depth))
         self.norm = _norm(config)
         self.lm_head = (
@@ -229,6 +254,11 @@ class Decoder(nn.Module):
         return Cache(layers, batch_size, max_length)
 
 
+def _block(config: ModelConfig, layer: int) -> Block:
+    followed = config.moe is not None and config.moe.dense_ffn and config.is_moe_layer(layer)
+    return (SparseDenseBlock if followed else Block)(config, layer)
+
+
 def _embedding(config: ModelConfig) -> nn.Embedding:
     if config.embedding_multiplier is None:
         return nn.Embedding(config.vocab_size, config.hidden_size)
@@ -247,7 +277,7 @@ def _mixer(config: ModelConfig, layer: int) -> Attention | MLA | Mamba:
     if config.attention is None:
         return MLA(config)
     if config.rope is None:
-        return PositionlessAttention(config, layer)
+        return (RelativeAttention if config.attention.relative_positions else PositionlessAttention)(config, layer)
     if config.attention.interleaved_rope:
         return (UnplacedAttention if config.attention.chunk(layer) is None else ChunkedAttention)(config, layer)
     special = {"sinks": SinkAttention, "logit_softcap": SoftcappedAttention, "clip_qkv": ClampedAttention}
@@ -256,7 +286,7 @@ def _mixer(config: ModelConfig, layer: int) -> Attention | MLA | Mamba:
 
 
 def _ffn(config: ModelConfig) -> nn.Module:
-    return GATED[config.ffn](config.hidden_size, config.intermediate_size)
+    return FFNS[config.ffn](config.hidden_size, config.intermediate_size)
 
 
 def _norm(config: ModelConfig) -> nn.Module:

@@ -55,7 +55,7 @@ class TestDiff:
         assert rows["layers with experts"] == ("32 of 32", "58 of 61")
         assert rows["parameters"] == (46_702_792_704, 671_026_404_352)
         assert rows["KV cache per token in bf16, bytes"] == (2 * 32 * 2 * 8 * 128, 2 * 61 * 576)
-        assert "gate" not in rows and "weights renormalised" not in rows
+        assert "FFN" not in rows and "weights renormalised" not in rows
 
     @pytest.mark.parametrize("name", [name for name in model_names() if name.endswith("-tiny")])
     def test_every_field_that_changes_the_model_is_a_row(self, name: str) -> None:
@@ -91,7 +91,7 @@ class TestDiff:
                 if dataclasses.is_dataclass(value):
                     collect(value, f"{prefix}{field.name}.")
 
-        for name in model_names():
+        for name in (*model_names(), *paper_names()):
             collect(find_spec(name).model, "")
         derived = {"mixer", "mamba_layers", "moe_layers", "total", "active", "flops", "cache"}
         assert set(LABELS) - set(hints) == derived
@@ -129,7 +129,9 @@ class TestDrawings:
             assert f"{config.moe.top_k} of {config.moe.num_experts} experts" in text
             assert ("shared" in text) == (config.moe.num_shared_experts > 0)
             assert f"{config.moe.moe_intermediate_size:,} wide" in text
-        norms = 4 if config.norm_placement == "both" else 2
+            if config.moe.dense_ffn:
+                assert f"{config.intermediate_size:,} wide" in text.partition("Σ")[2].split("\n\n")[0]
+        norms = (4 if config.norm_placement == "both" else 2) + (config.moe is not None and config.moe.dense_ffn)
         assert sum("Norm" in line and "of q" not in line for line in text.splitlines()) == norms
 
     def test_svg_is_well_formed_and_says_the_same(self, name: str) -> None:

@@ -372,7 +372,7 @@ def test_decoding_and_packed_documents_keep_the_prefix() -> None:
     assert trained == {f"layers.{i}.mixer.{part}" for i in range(2) for part in ("keys", "values")}
 
 
-@pytest.mark.parametrize("name", ["deepseek-v3-tiny", "jamba-tiny", "llama4-tiny"])
+@pytest.mark.parametrize("name", ["deepseek-v3-tiny", "jamba-tiny", "llama4-tiny", "glam-tiny"])
 def test_prefixes_are_refused_where_attention_has_no_place_for_them(name: str) -> None:
     with pytest.raises(ValueError, match=r"^finetune.prefix: .*; use finetune.lora$"):
         apply(tiny(name), finetune(prefix={}))

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from zoo.config import RelativePositionConfig
 from zoo.config_reading import from_dict
 from zoo.encoder_decoder import IGNORED, EncoderDecoder, build_encoder_decoder
 from zoo.encoder_decoder_accounting import cache_elements, count_stack_parameters, stack_flops
@@ -23,7 +24,6 @@ from zoo.encoder_decoder_config import (
     CappedMoEConfig,
     EncoderDecoderConfig,
     EncoderDecoderSpec,
-    RelativePositionConfig,
     decoder_spec,
 )
 from zoo.encoder_decoder_generation import generate_targets

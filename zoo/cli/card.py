@@ -132,8 +132,10 @@ def _costs(card: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _published(total: str, active: str, input_embedding: bool, cut: bool) -> str:
+def _published(total: str, active: str | None, input_embedding: bool, cut: bool) -> str:
     """The authors' sizes, and how they counted and rounded where that differs from the rows below."""
+    if active is None:
+        return f"{total} total"
     how = ["without input embedding"] * (not input_embedding) + ["digits cut off"] * cut
     return f"{total} total, {active} active" + (f" ({', '.join(how)})" if how else "")
 

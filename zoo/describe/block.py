@@ -53,13 +53,13 @@ def block_drawing(config: ModelConfig) -> BlockDrawing:
     norm = Part(WORDS[config.norm])
     before = () if config.norm_placement == "after" else (norm,)
     after = () if config.norm_placement == "before" else (norm,)
-    gate = WORDS[config.ffn]
-    if config.moe and moe_layers:
-        ffn, experts = _router(config.moe), _experts(config.moe, gate)
-    else:
-        ffn, experts = Part(gate, (f"{config.intermediate_size:,} wide",)), None
     mixer = SubBlock(before, _mixer(config, layer), None, after)
-    return BlockDrawing(config.hidden_size, (mixer, SubBlock(before, ffn, experts, after)), _notes(config, moe_layers))
+    dense = SubBlock(before, Part(WORDS[config.ffn], (f"{config.intermediate_size:,} wide",)), None, after)
+    ffns = [dense]
+    if config.moe and moe_layers:
+        sparse = SubBlock(before, _router(config.moe), _experts(config.moe, WORDS[config.expert_ffn]), after)
+        ffns = [sparse, dense] if config.moe.dense_ffn else [sparse]
+    return BlockDrawing(config.hidden_size, (mixer, *ffns), _notes(config, moe_layers))
 
 
 def _mixer(config: ModelConfig, layer: int) -> Part:
@@ -111,7 +111,9 @@ def _attention(a: AttentionConfig) -> list[str]:
 
 
 def _positions(config: ModelConfig) -> str:
-    rope = config.rope
+    rope, relative = config.rope, config.attention and config.attention.relative_positions
+    if relative:
+        return f"relative positions, {relative.num_buckets} buckets up to {relative.max_distance:,} tokens"
     if rope is None:
         return "no positions"
     scalings = [("YaRN", rope.yarn), ("Llama 3 scaling", rope.llama3), ("linear scaling", rope.linear)]
@@ -157,11 +159,11 @@ def _routing(r: RoutingConfig) -> list[str]:
     return lines + (["logits with " + ", ".join(found)] if found else [])
 
 
-def _experts(moe: MoEConfig, gate: str) -> Experts:
+def _experts(moe: MoEConfig, kind: str) -> Experts:
     clamped = f", clamped to ±{number(moe.swiglu_limit)}, with biases" if moe.swiglu_limit else ""
     gated = ", the shared one behind a gate" if moe.shared_expert_gate else ""
     return Experts(
-        moe.num_experts, moe.num_shared_experts, f"{gate}, {moe.moe_intermediate_size:,} wide{clamped}{gated}"
+        moe.num_experts, moe.num_shared_experts, f"{kind}, {moe.moe_intermediate_size:,} wide{clamped}{gated}"
     )
 
 

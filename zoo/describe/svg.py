@@ -29,8 +29,10 @@ def svg_drawing(drawing: BlockDrawing, title: str) -> str:
     page.text(AXIS, page.bottom + LINE, title, "title")
     page.text(AXIS, page.bottom + 2 * LINE, f"x, {drawing.width:,} wide", "note")
     page.bottom += 2 * LINE + 6
-    for kind, sub_block in zip(("mixer", "ffn"), drawing.sub_blocks, strict=True):
-        _draw(page, sub_block, kind)
+    mixer, *ffns = drawing.sub_blocks
+    _draw(page, mixer, "mixer")
+    for ffn in ffns:
+        _draw(page, ffn, "ffn")
     page.stem(SPACE, arrow=True)
     for note in drawing.notes:
         page.bottom += LINE

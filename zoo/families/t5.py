@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from zoo.config import ModelConfig
-from zoo.encoder_decoder_config import CappedMoEConfig, EncoderDecoderConfig, RelativePositionConfig
+from zoo.config import ModelConfig, RelativePositionConfig
+from zoo.encoder_decoder_config import CappedMoEConfig, EncoderDecoderConfig
 from zoo.families.base import EncoderDecoderFamily, Layout
 from zoo.families.fields import Fields
 from zoo.weights.ops import Op, Rename

@@ -14,6 +14,7 @@ from zoo.cache import LayerCache
 from zoo.finetune.config import PrefixConfig
 from zoo.layers.attention import Attention
 from zoo.layers.interleaved_rope import ChunkedAttention
+from zoo.layers.relative_attention import RelativeAttention
 from zoo.layers.sequence import SequenceLayout
 from zoo.model import initial_values
 
@@ -51,9 +52,10 @@ class PrefixAttention(nn.Module):
 
     def __init__(self, base: Attention, config: PrefixConfig, std: float, name: str, seed: int) -> None:
         super().__init__()
-        if isinstance(base, ChunkedAttention):
+        if isinstance(base, ChunkedAttention | RelativeAttention):
             raise ValueError(
-                "finetune.prefix: attention in chunks of positions has no place for keys without one; use finetune.lora"
+                "finetune.prefix: attention in chunks of positions, or biased by them, has no place for keys without "
+                "one; use finetune.lora"
             )
         self.base = base
         shape = (config.length, base.num_kv_heads, base.head_dim)

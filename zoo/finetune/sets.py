@@ -14,7 +14,7 @@ PARTS: dict[str, str] = {
     "experts": r"\.ffn\.experts\.",
     "router": r"\.ffn\.router\.",
     "shared_experts": r"\.ffn\.shared_expert(s|_gate)\.",
-    "dense_ffn": r"\.ffn\.",
+    "dense_ffn": r"\.(dense_)?ffn\.",
     "mamba": r"\.mixer\.(in_proj|conv1d|x_proj|dt_proj|state_space|out_proj)\.",
     "attention": r"\.mixer\.",
     "embeddings": r"^embed_tokens\.",

@@ -56,6 +56,16 @@ def attend_with_sinks(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, s
     return _weighted_values(torch.cat((scores, sink), dim=-1).softmax(dim=-1)[..., :-1], v)
 
 
+def attend_with_bias(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, scale: float, bias: Tensor) -> Tensor:
+    """softmax(scale · q kᵀ + bias + mask) v (arXiv 1910.10683, section 2.1).
+
+    Arguments and result as ``attend``, with ``bias`` [B or 1, H, S, L].
+    """
+    mask = bias.masked_fill(~layout.visible, float("-inf")).to(q.dtype)
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa).transpose(1, 2)
+
+
 def _grouped_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """scale · q kᵀ [B, G, H/G, S, L], in fp32 at least."""
     scores = q.unflatten(1, (k.shape[1], -1)) @ k.unsqueeze(2).mT

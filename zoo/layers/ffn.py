@@ -1,4 +1,4 @@
-"""Gated feed-forward network.
+"""Feed-forward networks, by what they compute.
 
 Shapes: D model, F FFN.
 """
@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from zoo.layers.ungated_ffn import ReLUFFN
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -40,5 +42,5 @@ class GEGLU(SwiGLU):
     activation = staticmethod(gelu_tanh)
 
 
-GATED: dict[str, type[SwiGLU]] = {"swiglu": SwiGLU, "geglu": GEGLU}
+FFNS: dict[str, type[SwiGLU] | type[ReLUFFN]] = {"swiglu": SwiGLU, "geglu": GEGLU, "relu": ReLUFFN}
 """``ModelConfig.ffn`` → FFN."""

@@ -1,6 +1,6 @@
 """Positions as a bias of the attention scores, by the distance of key and query (arXiv 1910.10683, section 2.1).
 
-Shapes: S queries, L keys, H heads.
+Shapes: B batch, S queries, L keys, H heads.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class RelativePositionBias(nn.Module):
-    """A learned scalar for every head and bucket of distances; all layers of a stack share it."""
+    """A learned scalar for every head and bucket of distances, of one layer or of all."""
 
     def __init__(self, num_buckets: int, max_distance: int, num_heads: int, bidirectional: bool) -> None:
         super().__init__()
@@ -21,10 +21,14 @@ class RelativePositionBias(nn.Module):
 
     def forward(self, past: int, new: int) -> Tensor:
         """Bias [1, H, S, L] of ``new`` queries that follow ``past`` tokens, over the L = past + new keys."""
-        key = torch.arange(past + new, device=self.weight.device)
-        distance = key - key[past:, None]
+        key = torch.arange(past + new, device=self.weight.device)[None]
+        return self.between(key[:, past:], key)
+
+    def between(self, query: Tensor, key: Tensor) -> Tensor:
+        """Bias [B, H, S, L] of queries at positions [B, S] over keys at positions [B, L], both int64."""
+        distance = key[:, None, :] - query[:, :, None]
         buckets = distance_buckets(distance, self.num_buckets, self.max_distance, self.bidirectional)
-        return self.weight[buckets].permute(2, 0, 1)[None]
+        return self.weight[buckets].permute(0, 3, 1, 2)
 
 
 def distance_buckets(distance: Tensor, num_buckets: int, max_distance: int, bidirectional: bool) -> Tensor:

@@ -74,7 +74,7 @@ class SequenceLayout:
         if keys <= size:
             return self
         if size not in self._chunked:
-            chunk = self._key_positions // size
+            chunk = self.key_positions // size
             segments = chunk if self.segments is None else (self.segments + 1) * keys + chunk
             self._chunked[size] = replace(self, segments=segments.expand(self.batch_size, -1))
         return self._chunked[size]
@@ -84,8 +84,8 @@ class SequenceLayout:
         return {}
 
     @property
-    def _key_positions(self) -> Tensor:
-        """[B or 1, L] int64"""
+    def key_positions(self) -> Tensor:
+        """[B or 1, L] int64, of the keys as ``positions`` are of the new tokens; of padding it means nothing."""
         if self.past == 0:
             return self.positions
         if self.segments is None:

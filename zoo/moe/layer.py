@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from zoo.config import ModelConfig
-from zoo.layers.ffn import GATED
+from zoo.layers.ffn import FFNS
 from zoo.layers.sequence import SequenceLayout
 from zoo.moe.clamped import ClampedExperts
 from zoo.moe.dispatch import Dispatcher, KeptDispatcher, LocalDispatcher
-from zoo.moe.experts import DropoutExperts, Experts, GEGLUExperts
+from zoo.moe.experts import DropoutExperts, Experts, GEGLUExperts, StackedExperts
 from zoo.moe.router import RouterOutput
 from zoo.moe.routers import make_router
+from zoo.moe.ungated import ReLUExperts
 
 
 class MoE(nn.Module):
@@ -30,7 +31,7 @@ class MoE(nn.Module):
         self.router = make_router(config.hidden_size, moe)
         self.experts = _experts(config)
         self.shared_experts = (
-            GATED[config.ffn](config.hidden_size, moe.num_shared_experts * moe.moe_intermediate_size)
+            FFNS[config.expert_ffn](config.hidden_size, moe.num_shared_experts * moe.moe_intermediate_size)
             if moe.num_shared_experts
             else None
         )
@@ -81,11 +82,13 @@ def moe_layer(config: ModelConfig) -> MoE:
     return ScaledInputMoE(config) if config.moe.scaled_input else MoE(config)
 
 
-def _experts(config: ModelConfig) -> Experts:
+def _experts(config: ModelConfig) -> StackedExperts:
     moe = config.moe
     assert moe is not None
     sizes = (moe.num_experts, config.hidden_size, moe.moe_intermediate_size)
     if moe.swiglu_limit is not None:
         return ClampedExperts(*sizes, moe.swiglu_limit)
-    kind = {"swiglu": Experts, "geglu": GEGLUExperts}[config.ffn]
+    if config.expert_ffn == "relu":
+        return ReLUExperts(*sizes)
+    kind = {"swiglu": Experts, "geglu": GEGLUExperts}[config.expert_ffn]
     return DropoutExperts(*sizes, kind.activation, moe.expert_dropout) if moe.expert_dropout else kind(*sizes)

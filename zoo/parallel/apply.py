@@ -118,11 +118,17 @@ def check_sizes(config: ModelConfig, sizes: MeshSizes, rules: ResolvedPlan) -> N
             raise ValueError(
                 f"tensor = {sizes.tensor} ranks: attention.sinks of all heads are one tensor; use tensor = 1"
             )
+        if config.attention and config.attention.relative_positions and sizes.tensor > 1:
+            raise ValueError(
+                f"tensor = {sizes.tensor} ranks: attention.relative_positions have one table for all heads; use "
+                "tensor = 1"
+            )
         if config.attention:
             wanted.append(("tensor", sizes.tensor, "num_kv_heads", config.attention.num_kv_heads))
         if config.mla:
             wanted.append(("tensor", sizes.tensor, "num_heads", config.mla.num_heads))
-        if not all(config.is_moe_layer(layer) for layer in range(config.num_layers)):
+        dense = not all(config.is_moe_layer(layer) for layer in range(config.num_layers))
+        if dense or (moe is not None and moe.dense_ffn):
             wanted.append(("tensor", sizes.tensor, "intermediate_size", config.intermediate_size))
         if moe is not None and moe.num_shared_experts:
             shared = moe.num_shared_experts * moe.moe_intermediate_size

@@ -82,6 +82,12 @@ class Workload:
                 "moe.routing, dropout: memory and time are estimated of plain token choice without dropout; plan the "
                 "model without them, or choose a plan and its sizes by hand"
             )
+        relative = self.config.attention is not None and self.config.attention.relative_positions is not None
+        if relative or "relu" in (self.config.ffn, self.config.expert_ffn) or (moe is not None and moe.dense_ffn):
+            raise ValueError(
+                "relative_positions, ffn = relu, moe.dense_ffn: memory and time are estimated of rotary attention, and "
+                "of one gated FFN or layer of experts a block; choose a plan and its sizes by hand"
+            )
         if self.sequence_length > self.config.max_position_embeddings:
             raise ValueError(
                 f"sequence_length = {self.sequence_length}: the model has positions up to "

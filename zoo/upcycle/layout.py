@@ -109,6 +109,10 @@ def layout(dense: ModelConfig, sparse: ModelConfig) -> Layout:
         raise ValueError(
             f"moe.swiglu_limit = {moe.swiglu_limit}: such experts compute another FFN than a dense model's"
         )
+    if "relu" in (sparse.ffn, sparse.expert_ffn):
+        raise ValueError("ffn = relu: only gated FFNs become experts; give a model whose FFNs and experts have a gate")
+    if moe.dense_ffn:
+        raise ValueError("moe.dense_ffn = True: the dense model has one FFN a layer, not two; set it to false")
     width = moe.moe_intermediate_size
     parts, over = divmod(dense.intermediate_size, width)
     if over:
