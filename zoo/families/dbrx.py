@@ -15,8 +15,31 @@ from zoo.weights.rearrange import Chain, Cut, Transpose
 LAYER_NORM_EPS = 1e-5
 """Of torch's LayerNorm, which the published code leaves as it is."""
 
-CLASS_FIELDS = ("chunk_size_feed_forward", "id2label", "is_encoder_decoder", "label2id", "problem_type")
-"""What transformers 5 writes into every nested config."""
+CLASS_FIELDS = (
+    "chunk_size_feed_forward",
+    "diversity_penalty",
+    "encoder_no_repeat_ngram_size",
+    "id2label",
+    "is_encoder_decoder",
+    "label2id",
+    "length_penalty",
+    "max_length",
+    "min_length",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "problem_type",
+    "pruned_heads",
+    "repetition_penalty",
+    "temperature",
+    "tie_word_embeddings",
+    "top_k",
+    "top_p",
+    "typical_p",
+)
+"""What transformers writes into a config within another one: defaults of sampling and of other tasks, and no part of
+the model, whose embedding is tied or not by the file's own field."""
 
 
 def _read(fields: Fields) -> ModelConfig:

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 T = TypeVar("T", bool, int, float)
 
 HARMLESS = (
+    "_attn_implementation",
+    "_attn_implementation_autoset",
     "_name_or_path",
     "architectures",
     "auto_map",

@@ -19,7 +19,7 @@ NAMES = MoENames(block="feed_forward", dense="feed_forward")
 def _read(fields: Fields) -> ModelConfig:
     bias = fields.take(bool, "attention_bias", False)
     fields.expect("router_jitter_noise", 0)
-    fields.skip("cache_implementation", "_attn_implementation_autoset")
+    fields.skip("cache_implementation")
     num_layers = fields.size("num_hidden_layers")
     moe = MoEConfig(
         num_experts=fields.size("num_local_experts"),

@@ -94,7 +94,7 @@ class Stream:
             piece = self.read_region(name, (box, *rest), shape)
             if whole is None:
                 whole = piece.new_empty(shape, dtype=dtype)
-            whole[box] = cast(name, piece, whole.dtype)
+            check_fits(name, piece, whole[box].copy_(piece))
         assert whole is not None
         return whole
 
@@ -133,26 +133,25 @@ class Export:
     def _cast(self, tensors: Named) -> Named:
         assert self._dtype is not None
         for name, tensor in tensors:
-            yield name, cast(name, tensor, self._dtype)
+            converted = tensor.to(self._dtype)
+            check_fits(name, tensor, converted)
+            yield name, converted
 
 
-def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor`` in ``dtype``, rounded to the nearest; itself where it has it.
+def check_fits(name: str, before: Tensor, after: Tensor) -> None:
+    """Check that ``after``, which is ``before`` in another dtype, has no infinity that was a number.
 
     Raises:
-        ValueError: a number of it is larger than any of ``dtype``; ``name`` says of which tensor.
+        ValueError: it has; ``name`` says of which tensor.
     """
     import torch
 
-    if tensor.dtype == dtype:
-        return tensor
-    changed = tensor.to(dtype)
-    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and not changed.isfinite().all():
-        large = tensor.abs().max().item()
-        if math.isfinite(large):
-            kind = str(dtype).removeprefix("torch.")
-            raise ValueError(f"tensor {name!r} holds {large:g}, which {kind} cannot express; choose another dtype")
-    return changed
+    if torch.finfo(after.dtype).max >= torch.finfo(before.dtype).max or after.isfinite().all():
+        return
+    largest = before.abs().max().item()
+    if math.isfinite(largest):
+        kind = str(after.dtype).removeprefix("torch.")
+        raise ValueError(f"tensor {name!r} holds {largest:g}, which {kind} cannot express; choose another dtype")
 
 
 def tracked(stream: Groups, description: str, show: bool) -> Named:
