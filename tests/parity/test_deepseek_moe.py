@@ -198,13 +198,28 @@ def test_every_gradient(weights: Weights, directory: Path) -> None:
     assert not gradients
 
 
+@torch.no_grad()
+def test_padded_batch_and_packed_documents(weights: Weights, directory: Path) -> None:
+    model, lengths = zoo.load(directory), (20, 7, 1)
+    parts = list(torch.randint(200, (sum(lengths),), generator=torch.Generator().manual_seed(3)).split(lengths))
+    expected = torch.cat([reference(weights, part) for part in parts])
+    document_ids = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None]
+    packed = model(torch.cat(parts)[None], document_ids=document_ids).logits[0]
+    assert relative_difference(packed, expected) < 1e-5
+    for side in ("left", "right"):
+        ids, mask = torch.zeros(3, 20, dtype=torch.int64), torch.zeros(3, 20, dtype=torch.bool)
+        for row, part in enumerate(parts):
+            place = slice(20 - len(part), None) if side == "left" else slice(len(part))
+            ids[row, place], mask[row, place] = part, True
+        assert relative_difference(model(ids, attention_mask=mask).logits[mask], expected) < 1e-5
+
+
+@torch.no_grad()
 def test_greedy_generation(weights: Weights, directory: Path) -> None:
     prompt = [3, 141, 59]
-    ids = list(prompt)
-    with torch.no_grad():
-        for _ in range(16):
-            ids.append(int(reference(weights, torch.tensor(ids))[-1].argmax()))
-    assert zoo.generate(zoo.load(directory), [prompt], max_new_tokens=16) == [ids[len(prompt) :]]
+    (new,) = zoo.generate(zoo.load(directory), [prompt], max_new_tokens=64)
+    logits = reference(weights, torch.tensor(prompt + new))
+    assert new == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
 
 
 def test_export_gives_back_the_published_directory(directory: Path, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def tokens(*shape: int) -> Tensor:
 
 @torch.no_grad()
 def test_logits(weights: Weights, directory: Path) -> None:
-    ids = tokens(60)
+    ids = tokens(250)
     out = zoo.load(directory)(ids[None])
     assert relative_difference(out.logits[0], reference(weights, ids)) < 1e-5
     for routing in out.router_outputs:
@@ -265,9 +265,12 @@ def test_published_config() -> None:
 
 
 def test_published_size() -> None:
-    """The printed 314B are those without the embedding, digits cut off."""
+    """The printed 314B are those without the embedding, digits cut off, and the printed quarter that is active is two
+    experts of eight: with attention and the output head a token uses 83.8B, 27%."""
     parameters = count_parameters(find_spec("grok-1").model)
     attention = 2 * 6144 * 6144 + 2 * 6144 * 1024
     layer = attention + 8 * 3 * 6144 * 32768 + 8 * 6144 + 4 * 6144
     assert parameters.total == 64 * layer + 6144 + 131072 * 6144 == 315_684_820_992
     assert (parameters.total - parameters.embedding) // 10**9 == 314
+    experts = 64 * 8 * 3 * 6144 * 32768
+    assert parameters.active == parameters.total - experts + experts // 4 == 83_756_587_008

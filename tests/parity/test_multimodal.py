@@ -13,6 +13,9 @@ from torch import Tensor
 from transformers import Llama4Config, Llama4ForConditionalGeneration, Llama4TextConfig, Llama4VisionConfig
 
 import zoo
+from zoo.accounting import count_parameters
+from zoo.families import get_family
+from zoo.registry import find_spec
 from zoo.weights import export_checkpoint, import_checkpoint
 from zoo.weights.verify import verify
 
@@ -57,6 +60,24 @@ def test_logits_of_the_text_part(theirs: Llama4ForConditionalGeneration, publish
     with torch.no_grad():
         ours = zoo.load(published)(ids).logits
     torch.testing.assert_close(ours, text_logits(theirs, ids), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "billions"), [("llama-4-scout", 109), ("llama-4-maverick", 402)])
+def test_published_sizes_count_the_vision_part(name: str, billions: int) -> None:
+    """Scout's 109B are those of text and vision; of Maverick they print 400B, the text part's with digits cut off."""
+    config = find_spec(name).model
+    text = {key: value for key, value in get_family("llama4").to_hf(config).items() if key != "model_type"}
+    vision = Llama4VisionConfig(
+        hidden_size=1408, num_hidden_layers=34, num_attention_heads=16, intermediate_size=5632, vision_output_dim=4096,
+        projector_input_dim=4096, projector_output_dim=4096, image_size=336, patch_size=14,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = Llama4ForConditionalGeneration(Llama4Config(text_config=Llama4TextConfig(**text), vision_config=vision))
+    counts = count_parameters(config)
+    assert counts.total == sum(p.numel() for p in model.language_model.parameters())
+    assert round(sum(p.numel() for p in model.parameters()) / 1e9) == billions
+    assert round(counts.active / 1e9) == 17
+    assert name != "llama-4-maverick" or counts.total // 10**9 == 400
 
 
 def test_import_says_what_it_leaves_out_and_exports_the_text_model(
