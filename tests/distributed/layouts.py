@@ -14,7 +14,15 @@ from pool import TIMEOUT
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from zoo.config import AttentionConfig, InterleavedRopeConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from zoo.config import (
+    AttentionConfig,
+    InterleavedRopeConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    RelativePositionConfig,
+    RopeConfig,
+)
 from zoo.config_routing import RoutingConfig
 from zoo.model import Decoder, build
 from zoo.moe.balance import load_balance_loss, z_loss
@@ -117,6 +125,17 @@ MODELS = {
         ),
     ),
     "dense": ModelConfig(**_BASE, attention=_GQA),
+    "relative": ModelConfig(
+        **_BASE | {"rope": None},
+        attention=dataclasses.replace(_GQA, relative_positions=RelativePositionConfig(num_buckets=4, max_distance=6)),
+        moe=dataclasses.replace(_MIXTRAL, router_bias=False, ffn="relu"),
+    ),
+    "ungated": ModelConfig(
+        **_BASE,
+        attention=_GQA,
+        moe=dataclasses.replace(_MIXTRAL, router_bias=False, dense_ffn=True, layer_interval=2),
+        ffn="relu",
+    ),
 }
 MODELS["mtp"] = dataclasses.replace(MODELS["deepseek-v3"], mtp_depth=1)
 

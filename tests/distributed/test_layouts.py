@@ -44,6 +44,8 @@ def test_layout_equals_one_process(pools: Pools, model: str, layout: str) -> Non
         ("capacity", "tp2_ep2"),
         ("expert-choice", "fsdp2_ep2"),
         ("hash-tiny", "fsdp2_ep2"),
+        ("relative", "fsdp2_ep2"),
+        ("ungated", "tp2_ep2"),
         ("mtp", "tp2_ep2"),
         ("mtp", "fsdp2_ep2"),
         ("jamba-tiny", "tp2_ep2"),

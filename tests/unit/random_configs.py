@@ -6,7 +6,17 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from zoo.config import AttentionConfig, MambaConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from zoo.config import (
+    AttentionConfig,
+    MambaConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    RelativePositionConfig,
+    RopeConfig,
+)
+
+RELATIVE = {"relative_positions": RelativePositionConfig(num_buckets=8, max_distance=20)}
 
 
 @st.composite
@@ -22,7 +32,7 @@ def attention_configs(draw: st.DrawFn) -> AttentionConfig:
         sliding_window=window,
         full_attention_interval=draw(st.none() | st.integers(2, 3)) if window else None,
         query_scale_dim=draw(st.none() | st.integers(1, 8)),
-        **draw(st.sampled_from([{}, {"logit_softcap": 20.0}, {"sinks": True}, {"clip_qkv": 8.0}])),
+        **draw(st.sampled_from([{}, {"logit_softcap": 20.0}, {"sinks": True}, {"clip_qkv": 8.0}, RELATIVE])),
     )
 
 
@@ -52,11 +62,11 @@ def mamba_configs(draw: st.DrawFn) -> MambaConfig:
 
 
 @st.composite
-def moe_configs(draw: st.DrawFn, num_layers: int) -> MoEConfig:
+def moe_configs(draw: st.DrawFn, num_layers: int, gated: bool) -> MoEConfig:
     num_groups, group_size = draw(st.integers(1, 3)), draw(st.integers(2, 4))
     top_k_groups = draw(st.integers(1, num_groups))
     top_k = draw(st.integers(1, top_k_groups * group_size))
-    num_shared_experts = draw(st.integers(0, 2))
+    num_shared_experts, ffn = draw(st.integers(0, 2)), draw(st.sampled_from([None, "relu"]))
     return MoEConfig(
         num_experts=num_groups * group_size,
         top_k=top_k,
@@ -68,7 +78,9 @@ def moe_configs(draw: st.DrawFn, num_layers: int) -> MoEConfig:
         group_score=draw(st.sampled_from(["max", "top2_sum"])),
         router_bias=draw(st.booleans()),
         router_logit_bias=draw(st.booleans()),
-        swiglu_limit=draw(st.none() | st.floats(1, 10)),
+        ffn=ffn,
+        dense_ffn=draw(st.booleans()),
+        swiglu_limit=draw(st.none() | st.floats(1, 10)) if gated and ffn is None else None,
         num_shared_experts=num_shared_experts,
         shared_expert_gate=num_shared_experts > 0 and draw(st.booleans()),
         first_k_dense=draw(st.integers(0, num_layers - 1)),
@@ -83,6 +95,8 @@ def model_configs(draw: st.DrawFn, *, sparse: bool | None = None, max_layers: in
     mixer: dict[str, Any] = (
         {"mla": draw(mla_configs())} if draw(st.booleans()) else {"attention": draw(attention_configs())}
     )
+    ffn = draw(st.sampled_from(["swiglu", "relu"]))
+    relative = "attention" in mixer and mixer["attention"].relative_positions is not None
     has_moe = draw(st.booleans()) if sparse is None else sparse
     return ModelConfig(
         vocab_size=draw(st.integers(2, 64)),
@@ -91,9 +105,10 @@ def model_configs(draw: st.DrawFn, *, sparse: bool | None = None, max_layers: in
         intermediate_size=draw(st.integers(1, 64)),
         max_position_embeddings=64,
         norm_eps=1e-6,
-        rope=RopeConfig(theta=10000.0),
+        rope=None if relative else RopeConfig(theta=10000.0),
         mamba=draw(st.none() | mamba_configs()),
-        moe=draw(moe_configs(num_layers)) if has_moe else None,
+        moe=draw(moe_configs(num_layers, gated=ffn == "swiglu")) if has_moe else None,
+        ffn=ffn,
         norm=draw(st.sampled_from(["rms", "unit_offset_rms", "layer"])),
         embedding_multiplier=draw(st.none() | st.floats(0.5, 8)),
         logit_softcap=draw(st.none() | st.floats(1, 50)),

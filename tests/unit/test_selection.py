@@ -28,6 +28,7 @@ from zoo.moe.router import RouterOutput
 from zoo.moe.routers import make_router
 from zoo.moe.selection import capacity, expert_choice, hash_experts, sinkhorn, use_second, within_capacity
 from zoo.moe.stats import dropped_fraction, expert_counts
+from zoo.moe.ungated import relu_loop
 from zoo.registry import find_spec, paper_names
 
 D, FFN, E = 6, 5, 4
@@ -354,12 +355,9 @@ def test_every_routing_is_the_weighted_sum_of_what_takes_the_token(name: str, tr
     expected = torch.zeros(24, D, dtype=torch.float64)
     for t, k in kept.nonzero().tolist():
         e = int(routing.experts[t, k])
-        one = experts_loop(
-            x.flatten(0, 1)[t : t + 1],
-            torch.tensor([1]),
-            layer.experts.gate_up[e : e + 1],
-            layer.experts.down[e : e + 1],
-        )
+        loop = relu_loop if config.expert_ffn == "relu" else experts_loop
+        weights = [parameter[e : e + 1] for parameter in layer.experts.weights]
+        one = loop(x.flatten(0, 1)[t : t + 1], torch.tensor([1]), *weights)
         expected[t] += routing.weights[t, k] * one[0]
     torch.testing.assert_close(out.flatten(0, 1), expected)
     assert (routing.weights[~kept] == 0).all() and not (
