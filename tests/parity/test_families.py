@@ -188,6 +188,19 @@ def test_dense_twin_is_loaded_by_transformers(name: str, tmp_path: Path) -> None
     assert relative_difference(model(ids).logits, theirs(ids).logits) < LOGITS
 
 
+@pytest.mark.parametrize("name", ["jamba-v0.1", "jamba-1.5-mini"])
+def test_row_19_which_layers_of_jamba_have_what(name: str) -> None:
+    config = find_spec(name).model
+    layers = range(config.num_layers)
+    assert [i for i in layers if not config.is_mamba_layer(i)] == [i for i in layers if i % 8 == 4]
+    assert [i for i in layers if config.is_moe_layer(i)] == [i for i in layers if i % 2 == 1]
+    assert config.rope is None and config.moe is not None and not config.moe.norm_topk_prob
+    with torch.device("meta"):
+        mixer = dict(Decoder(config).layers[0].mixer.named_parameters())
+    sizes = {name: tuple(mixer[f"{name}_norm.weight"].shape) for name in ("dt", "b", "c")}
+    assert sizes == {"dt": (256,), "b": (16,), "c": (16,)}
+
+
 MISTAKES: list[tuple[str, str, dict[str, Any]]] = [
     ("mistral", "attention", {"sliding_window": None}),
     ("llama-3.1", "rope", {"llama3": None}),

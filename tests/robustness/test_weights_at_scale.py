@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,13 @@ ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
 LARGEST_PAGE = 2 * MIB
 """What the kernel may map at once of a file in its cache."""
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Iterator[Path]:
+    """A directory whose large files do not outlive the test."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
 
 
 @pytest.mark.slow
@@ -62,9 +70,9 @@ print(measured(read)["peak_bytes"])
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fp8", "mxfp4"])
-def test_quantised_tensors_are_undone_in_the_memory_of_one(method: str, tmp_path: Path) -> None:
-    largest = publish_fp8(tmp_path) if method == "fp8" else publish_mxfp4(tmp_path)
-    run = subprocess.run([sys.executable, "-c", QUANTISED, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+def test_quantised_tensors_are_undone_in_the_memory_of_one(method: str, scratch: Path) -> None:
+    largest = publish_fp8(scratch) if method == "fp8" else publish_mxfp4(scratch)
+    run = subprocess.run([sys.executable, "-c", QUANTISED, str(scratch)], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     assert largest > 180 * MIB
     assert int(run.stdout) < 1.3 * largest + 64 * MIB
@@ -123,25 +131,25 @@ def write(
 
 
 @pytest.mark.parametrize(("experts", "rows"), [(slice(2, 3), 0.5), (slice(4, 8), 1.0)], ids=["tensor", "expert"])
-def test_a_rank_touches_no_more_of_a_file_than_its_slice(experts: slice, rows: float, tmp_path: Path) -> None:
+def test_a_rank_touches_no_more_of_a_file_than_its_slice(experts: slice, rows: float, scratch: Path) -> None:
     """Of experts of 12 MiB, those of an expert rank, or the rows of a tensor rank: the kernel counts the pages."""
     tiny = find_spec("mixtral-tiny").model
     assert tiny.moe is not None
     moe = dataclasses.replace(tiny.moe, num_experts=8, moe_intermediate_size=3072)
     config = dataclasses.replace(tiny, num_layers=1, hidden_size=1024, intermediate_size=3072, moe=moe)
     tensors = {n: torch.ones(s, dtype=torch.bfloat16) for n, s in published_shapes("mixtral", config).items()}
-    write(tmp_path, "mixtral", config, tensors, {})
+    write(scratch, "mixtral", config, tensors, {})
     name = "layers.0.ffn.experts.gate_up"
     shape = parameter_shapes(config)[name]
     box = (experts, slice(0, 2), slice(0, int(shape[2] * rows)), slice(0, shape[3]))
-    with open_published(tmp_path) as (_, stream):
-        assert sum(pages_in_memory(tmp_path)) == 0
+    with open_published(scratch) as (_, stream):
+        assert sum(pages_in_memory(scratch)) == 0
         part = stream.read_region(name, box, shape)
-        touched = sum(pages_in_memory(tmp_path))
+        touched = sum(pages_in_memory(scratch))
     assert part.numel() == part.count_nonzero()
     runs = 2 * len(range(*experts.indices(shape[0])))  # gate and up of each expert lie apart
     assert part.nbytes <= touched <= part.nbytes + runs * LARGEST_PAGE
-    assert touched < (tmp_path / SINGLE_FILE).stat().st_size / 2
+    assert touched < (scratch / SINGLE_FILE).stat().st_size / 2
 
 
 def pages_in_memory(directory: Path) -> Iterator[int]:
