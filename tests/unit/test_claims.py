@@ -66,6 +66,7 @@ def test_contrast_is_paired_by_seed_with_students_interval() -> None:
         ({"within": 0.5}, [-1.0, -1.1, -0.9], "refuted"),
         ({"within": 0.05}, [0.0, 0.1, -0.1], "open"),
         ({"at_least": 0.0}, [1.0, float("nan"), 1.0], "open"),
+        ({"at_least": 0.0}, [0.0, 0.0, 0.0], "open"),
     ],
 )
 def test_outcome(bound: dict[str, float], differences: list[float], outcome: str) -> None:

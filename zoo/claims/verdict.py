@@ -60,10 +60,11 @@ def _outcome(expectation: Expectation, estimate: Estimate) -> Outcome:
     low, high = estimate.low, estimate.high
     if not (math.isfinite(low) and math.isfinite(high)):
         return "open"
+    # Nothing that differs is no evidence for a difference of at least nothing.
     if expectation.at_least is not None:
-        seen, refuted = low >= expectation.at_least, high < expectation.at_least
+        seen, refuted = low > expectation.at_least, high < expectation.at_least
     elif expectation.at_most is not None:
-        seen, refuted = high <= expectation.at_most, low > expectation.at_most
+        seen, refuted = high < expectation.at_most, low > expectation.at_most
     else:
         assert expectation.within is not None
         seen = -expectation.within <= low and high <= expectation.within
