@@ -86,7 +86,8 @@ def test_the_equation_and_every_gradient(case: str) -> None:
         torch.nn.init.normal_(parameter)
     layout = sequence_layout(
         torch.zeros_like(MASK),
-        **{"attention_mask": None, "document_ids": None} | given,  # type: ignore[arg-type]
+        attention_mask=given.get("attention_mask"),
+        document_ids=given.get("document_ids"),
         past=0,
         past_valid=None,
     )
