@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from zoo.generation_checks import check_request
+from zoo.prefix import Prefix, shared_prefix
+
 if TYPE_CHECKING:
     from zoo.model import Decoder
     from zoo.tokenizer import Tokenizer
@@ -26,6 +29,7 @@ def generate(
     *,
     max_new_tokens: int,
     attention_mask: Tensor | None = None,
+    prefix: Prefix | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -39,6 +43,8 @@ def generate(
         input_ids: prompts, [B, S] int64 or B lists of unequal length.
         max_new_tokens: most new tokens of a prompt.
         attention_mask: [B, S], 0 where ``input_ids`` holds padding (left or right); only with a tensor.
+        prefix: what all prompts begin with, from ``zoo.prefix.compute_prefix``, so that it need not be computed; the
+            prompts are whole with or without. What else they all begin with is computed once where that pays.
         temperature: 0 takes the most probable token; above 0, logits are divided by it and a token is drawn.
         top_k: draw from the ``top_k`` most probable tokens only.
         top_p: draw from the smallest set of most probable tokens whose probabilities sum to at least ``top_p``
@@ -49,7 +55,7 @@ def generate(
 
     Raises:
         ValueError: an empty prompt, a token id outside the vocabulary, prompt and new tokens together beyond the
-            model's positions, or a sampling setting outside its range.
+            model's positions, a prompt that does not go on from ``prefix``, or a sampling setting outside its range.
     """
     new_tokens: list[list[int]] = [[] for _ in input_ids]
     for row, token in stream(
@@ -57,6 +63,7 @@ def generate(
         input_ids,
         max_new_tokens=max_new_tokens,
         attention_mask=attention_mask,
+        prefix=prefix,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -75,6 +82,7 @@ def stream(
     *,
     max_new_tokens: int,
     attention_mask: Tensor | None = None,
+    prefix: Prefix | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -89,8 +97,16 @@ def stream(
     choose = _chooser(temperature, top_k, top_p, seed, device)
     end_ids = frozenset([eos_id] if isinstance(eos_id, int) else eos_id or ())
 
-    ids, mask = left_padded(prompts, device)
-    cache = model.new_cache(len(prompts), ids.shape[1] + max_new_tokens)
+    if prefix is not None:
+        prefix.check(model, prompts)
+    prefix = shared_prefix(model, prompts, prefix)
+    past = 0 if prefix is None else len(prefix.tokens)
+    ids, mask = left_padded([prompt[past:] for prompt in prompts], device)
+    size = past + ids.shape[1] + max_new_tokens
+    if prefix is None:
+        cache = model.new_cache(len(prompts), size)
+    else:
+        cache = prefix.cache.branch(torch.zeros(len(prompts), dtype=torch.int64, device=device), size)
     rows = list(range(len(prompts)))  # the prompt that each row of the batch continues
     new_tokens: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(prompts)
@@ -189,40 +205,6 @@ def _rows(input_ids: Prompts, attention_mask: Tensor | None) -> list[list[int]]:
             f"attention_mask has shape {tuple(attention_mask.shape)}: give that of input_ids, {tuple(input_ids.shape)}"
         )
     return [row[mask != 0].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
-
-
-def check_causal(model: Decoder) -> None:
-    """Raise ``ValueError`` where tokens depend on later ones, so that nothing is predicted."""
-    moe = model.config.moe
-    if moe is not None and moe.routing is not None and not moe.routing.causal:
-        raise ValueError(
-            f"moe.routing.choice = {moe.routing.choice}: what an expert chooses depends on later tokens, so that this "
-            "model neither generates nor scores; use one in which tokens choose"
-        )
-
-
-def check_request(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Raise ``ValueError`` where ``model`` cannot continue ``prompts`` by so many tokens."""
-    check_causal(model)
-    if not prompts:
-        raise ValueError("input_ids holds no prompt: give at least one")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens = {max_new_tokens}: give a positive number")
-    positions, vocab_size = model.config.max_position_embeddings, model.config.vocab_size
-    for number, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {number} is empty: give at least one token, such as the one that begins a text")
-        if len(prompt) + max_new_tokens > positions:
-            raise ValueError(
-                f"prompt {number} of {len(prompt)} tokens and max_new_tokens = {max_new_tokens} exceed the model's "
-                f"{positions} positions: shorten the prompt or ask for at most {max(0, positions - len(prompt))} tokens"
-            )
-        low, high = min(prompt), max(prompt)
-        if low < 0 or high >= vocab_size:
-            raise ValueError(
-                f"prompt {number} holds token id {low if low < 0 else high}: the model's ids are 0 to "
-                f"{vocab_size - 1}; use the model's own tokenizer"
-            )
 
 
 def _chooser(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from zoo.cache import Cache
-from zoo.generation import check_request
+from zoo.generation_checks import check_request
 from zoo.layers.sequence import sequence_layout
 from zoo.model import Decoder, MTPModule
 

@@ -13,33 +13,29 @@ NONE = {"attention_mask": None, "document_ids": None, "past": 0, "past_valid": N
 
 
 def brute_force(segments: list[list[int]], past: int, window: int | None) -> torch.Tensor:
+    """The rule; a window is as wide as so many tokens, padding (segment -1) left out."""
     rows, keys = len(segments), len(segments[0])
     mask = torch.zeros(rows, 1, keys - past, keys, dtype=torch.bool)
     for b in range(rows):
         for q in range(past, keys):
             for k in range(q + 1):
-                near = window is None or q - k < window
+                near = window is None or sum(segment != -1 for segment in segments[b][k + 1 : q + 1]) < window
                 mask[b, 0, q - past, k] = near and segments[b][q] == segments[b][k]
     return mask
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=3),
-    left=st.booleans(),
+    rows=st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=3),
     past=st.integers(0, 4),
     new=st.integers(1, 5),
     window=st.none() | st.integers(1, 6),
 )
-def test_padding_mask_is_the_rule(lengths: list[int], left: bool, past: int, new: int, window: int | None) -> None:
+def test_padding_mask_is_the_rule(rows: list[list[bool]], past: int, new: int, window: int | None) -> None:
     keys = past + new
-    valid = torch.zeros(len(lengths), keys, dtype=torch.bool)
-    for row, length in enumerate(lengths):
-        length = min(length, keys)
-        valid[row, keys - length :] = left
-        valid[row, :length] |= not left
+    valid = torch.tensor(rows)[:, :keys]
     layout = sequence_layout(
-        torch.zeros(len(lengths), new, dtype=torch.long),
+        torch.zeros(len(rows), new, dtype=torch.long),
         **{
             **NONE,
             "attention_mask": valid[:, past:].long(),
@@ -48,8 +44,10 @@ def test_padding_mask_is_the_rule(lengths: list[int], left: bool, past: int, new
         },
     ).within(window)
     segments = [[0 if v else -1 for v in row] for row in valid.tolist()]
-    assert torch.equal(layout.mask, brute_force(segments, past, window))
-    for row in range(len(lengths)):
+    real = valid[:, past:]  # what padding sees does not matter, as long as it is something
+    assert torch.equal(layout.mask[:, 0][real], brute_force(segments, past, window)[:, 0][real])
+    assert layout.mask.any(-1).all()
+    for row in range(len(rows)):
         expected = [int(valid[row, : k + 1].sum()) - 1 for k in range(past, keys) if valid[row, k]]
         assert layout.positions[row][valid[row, past:]].tolist() == expected
 

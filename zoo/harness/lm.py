@@ -25,9 +25,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
-from zoo.generation import Stop, check_causal, generate
+from zoo.generation import Stop, generate
+from zoo.generation_checks import check_causal
 from zoo.harness.prefixes import Group, Input, batches, grouped, padded
 from zoo.model import Decoder
+from zoo.prefix import prefilled
 from zoo.tokenizer import Tokenizer
 from zoo.weights.loading import load_with_tokenizer
 
@@ -190,8 +192,7 @@ class ZooLM(TemplateLM):
         cache = None
         if past:
             beginnings = torch.tensor([group.inputs[0].tokens[:past] for group in groups], device=self._device)
-            cache = self.model.new_cache(len(groups), past)
-            self.model(beginnings, cache=cache, last=1, logits_to_keep=None)
+            cache = prefilled(self.model, beginnings)
         for batch in padded((one for group in groups for one in group.inputs), budget, past, slots):
             ids = _right_padded([one.tokens[past:] for one in batch], self._device)
             first, end = min(one.first for one in batch), past + ids.shape[1]

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
-from operator import eq
 
-SHARING_PAYS = 0.8
-"""Share a beginning where at most this part of the tokens remains,"""
-SHARING_COSTS = 32
-"""after adding so many: copies of the cache and attention to it take as long as some tokens."""
+from zoo.prefix import common_length, sharing_pays
+
 FORWARD_COSTS = 128
 """Tokens, however few a forward has: more padding than that begins another one (times of tiny models on a CPU)."""
 
@@ -55,7 +51,7 @@ class _Node:
         """Make one group of all where that pays."""
         shared = min(self.depth, self.first)
         together = self.tokens - (self.end - self.start - 1) * shared
-        if together + SHARING_COSTS <= SHARING_PAYS * self.work:
+        if sharing_pays(together, alone=self.work):
             self.work, self.groups = together, [(self.start, self.end, shared)]
 
 
@@ -69,7 +65,7 @@ def grouped(inputs: Iterable[Input]) -> list[Group]:
     ordered = sorted(inputs, key=lambda one: one.tokens)
     open_nodes: list[_Node] = []  # each holds the next
     for number in range(len(ordered) + 1):
-        common = _common(ordered[number - 1].tokens, ordered[number].tokens) if 0 < number < len(ordered) else 0
+        common = common_length(ordered[number - 1].tokens, ordered[number].tokens) if 0 < number < len(ordered) else 0
         while open_nodes and open_nodes[-1].depth > common:
             closed = open_nodes.pop()
             closed.close()
@@ -81,11 +77,6 @@ def grouped(inputs: Iterable[Input]) -> list[Group]:
             leaf = _Node(size + 1, number, number + 1, ordered[number].first, size, size, [(number, number + 1, 0)])
             open_nodes.append(leaf)
     return [Group(ordered[start:end], shared) for node in open_nodes for start, end, shared in node.groups]
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    return sum(takewhile(bool, map(eq, a, b)))
 
 
 def batches(groups: Sequence[Group], budget: int) -> Iterator[list[Group]]:

@@ -120,10 +120,9 @@ class SequenceLayout:
         keys, device = self.keys, self.positions.device
         query = torch.arange(self.past, keys, device=device)[:, None]
         key = torch.arange(keys, device=device)
-        visible = key <= query
-        if self.window is not None:
-            visible = visible & (key > query - self.window)
-        visible = visible[None]
+        visible = (key <= query)[None]
+        if self.window is not None:  # of tokens: padding between them, behind what rows share, does not count
+            visible = visible & (self.key_positions[:, None] > self.positions[..., None] - self.window)
         if self.segments is not None:
             visible = visible & (self.segments[:, self.past :, None] == self.segments[:, None, :])
         return visible[:, None]
