@@ -6,6 +6,7 @@ those names live in ``zoo/families``. Lengths are in tokens, sizes in elements.
 
 from __future__ import annotations
 
+import math
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,20 +48,25 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling:
-    """YaRN (arXiv 2309.00071), with DeepSeek's two ``mscale`` factors (arXiv 2405.04434, section 3.1.3).
-
-    With ``mscale`` and ``mscale_all_dim`` both ``None``, cos and sin are scaled by 0.1·ln(factor) + 1 as in the
-    YaRN paper. ``attention_factor`` overrides that scale.
-    """
+    """YaRN (arXiv 2309.00071), with DeepSeek's factor on the scores (arXiv 2405.04434, published code)."""
 
     factor: float
     original_max_position: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
+    beta_fast: float
+    """Pairs that turn more often than this over the original context keep their frequency."""
+    beta_slow: float
+    """Pairs that turn less often than this have it divided by ``factor``; between the two is a ramp."""
+    attention_factor: float
+    """Factor on cos and sin: ``yarn_mscale(factor)`` in the paper, 1 in DeepSeek's models."""
     mscale_all_dim: float | None = None
-    attention_factor: float | None = None
+    """Scores of latent attention are multiplied by ``yarn_mscale(factor, mscale_all_dim)`` squared."""
     truncate: bool = True
+    """Whether the ramp begins and ends at whole pairs."""
+
+
+def yarn_mscale(factor: float, coefficient: float = 1.0) -> float:
+    """mscale(s, c) = 0.1·c·ln s + 1 for s > 1 (arXiv 2309.00071, equation 22; c is DeepSeek's), else 1."""
+    return 0.1 * coefficient * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,6 +119,8 @@ def _validate_rope(r: RopeConfig) -> None:
     if r.yarn:
         fast, slow = r.yarn.beta_fast, r.yarn.beta_slow
         _require(fast > slow > 0, "rope.yarn.beta_slow", slow, f"it must lie between 0 and beta_fast = {fast}")
+        scale = r.yarn.attention_factor
+        _require(scale > 0, "rope.yarn.attention_factor", scale, "give a positive factor on cos and sin, such as 1.0")
 
 
 def _validate_attention(a: AttentionConfig) -> None:

@@ -41,7 +41,7 @@ def encoder_decoder_names() -> list[str]:
 
 
 def paper_names() -> list[str]:
-    """Names of the decoders that no family holds, sorted: papers describe them, and nobody has published weights."""
+    """Names of the other decoders, sorted: papers describe them, and nobody has published weights."""
     return sorted(path.stem for path in (configs_dir() / "models" / "papers").glob("*.yaml"))
 
 

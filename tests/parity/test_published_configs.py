@@ -2,13 +2,16 @@
 
 They were written from knowledge, and on 2026-11-22 compared with copies in public code. Whole files: DeepSeek-V2-Lite,
 DeepSeek-V3, gpt-oss, Mixtral (maxtext, ``hf_model_configs.py``), Mistral (mlc-llm, ``model_preset.py``), Jamba 1.5
-(onnx-diagnostic), Grok-1 and but for its depth Maverick (TensorRT-LLM), Gemma-2-27B, OLMoE. Sizes alone: Qwen3, Llama 2
-and 3.1, DBRX, OLMo-2-1B, Gemma-2-9B. Not found: Jamba v0.1, and Scout after its instruction tuning.
+(onnx-diagnostic), Grok-1 and but for its depth Maverick (TensorRT-LLM), Gemma-2-27B, OLMoE, DeepSeek-R1, DeepSeek-Coder
+1.3B (a log of veRL's, as transformers 4.48 completes it). Sizes alone: Qwen3, Llama 2 and 3.1, DBRX, OLMo-2-1B,
+Gemma-2-9B, DeepSeek-Coder 6.7B and 33B (arXiv 2401.14196, table 2; positions: section 3.6). Not found: Jamba v0.1, and
+Scout after its instruction tuning.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from typing import Any
 
@@ -52,6 +55,33 @@ _LLAMA = {
     "transformers_version": "4.43.0.dev0",
     "use_cache": True,
     "vocab_size": 128256,
+}
+
+_DEEPSEEK_CODER = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 32013,
+    "eos_token_id": 32014,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 5504,
+    "max_position_embeddings": 16384,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 16,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {"factor": 4.0, "type": "linear"},
+    "rope_theta": 100000,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.33.1",
+    "use_cache": True,
+    "vocab_size": 32256,
 }
 
 _MIXTRAL = {
@@ -224,6 +254,21 @@ _DEEPSEEK_V3 = {
     "use_cache": True,
     "v_head_dim": 128,
     "vocab_size": 129280,
+}
+
+_DEEPSEEK_R1 = {k: v for k, v in _DEEPSEEK_V3.items() if k not in ("aux_loss_alpha", "pretraining_tp", "seq_aux")} | {
+    "auto_map": {
+        "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+        "AutoModel": "modeling_deepseek.DeepseekV3Model",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+    },
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+    "transformers_version": "4.46.3",
 }
 
 _DEEPSEEK_V2 = _DEEPSEEK_V2_LITE | {
@@ -561,6 +606,7 @@ _JAMBA = {
 
 PUBLISHED = {
     "llama-3.1-8b": _LLAMA,
+    "deepseek-coder-1.3b": _DEEPSEEK_CODER,
     "mixtral-8x7b": _MIXTRAL,
     "qwen1.5-moe-a2.7b": _QWEN_MOE,
     "qwen3-8b": _QWEN3,
@@ -609,6 +655,16 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
     ),
     "llama-3-8b": (_LLAMA, {"max_position_embeddings": 8192, "rope_scaling": None}),
+    "deepseek-coder-6.7b": (
+        _DEEPSEEK_CODER,
+        {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 32}
+        | {"num_key_value_heads": 32},
+    ),
+    "deepseek-coder-33b": (
+        _DEEPSEEK_CODER,
+        {"hidden_size": 7168, "intermediate_size": 19200, "num_attention_heads": 56, "num_hidden_layers": 62}
+        | {"num_key_value_heads": 8},
+    ),
     "mixtral-8x22b": (
         _MIXTRAL,
         {
@@ -702,6 +758,14 @@ def test_published_config_is_the_one_of_the_zoo(name: str) -> None:
 def test_further_sizes_are_those_of_the_zoo(name: str) -> None:
     other, change = SIZES[name]
     assert family_of(other).from_hf(other | change) == find_spec(name).model
+
+
+def test_deepseek_r1_is_deepseek_v3_with_other_weights() -> None:
+    """Its file, to the byte: the hash is the one that users of the model have written down of theirs."""
+    file = json.dumps(_DEEPSEEK_R1, indent=2, sort_keys=True) + "\n"
+    sha256 = hashlib.sha256(file.encode()).hexdigest()
+    assert sha256 == "79ddea672a62e95d3f0be27be434375538e1988975971cffcf87c96c1de84a65"
+    assert family_of(_DEEPSEEK_R1).from_hf(_DEEPSEEK_R1) == find_spec("deepseek-v3").model
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

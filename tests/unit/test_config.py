@@ -59,6 +59,7 @@ MAMBA = {
     "conv_width": 4,
     "dt_rank": 2,
 }
+YARN = {"factor": 4, "original_max_position": 64, "beta_fast": 32, "beta_slow": 1, "attention_factor": 1.0}
 
 REFUSED = [
     ("model.moe.num_expert", 4, r"spec: model: moe: unknown key 'num_expert'; did you mean 'num_experts'\?"),
@@ -94,14 +95,15 @@ REFUSED = [
     ("model.rope.linear", {"factor": 0}, r"rope.linear.factor = 0.0: give how many times longer, at least 1"),
     (
         "model.rope.yarn",
-        {"factor": 4, "original_max_position": 0},
+        YARN | {"original_max_position": 0},
         r"rope.yarn.original_max_position = 0: give a positive number of tokens",
     ),
     (
         "model.rope.yarn",
-        {"factor": 4, "original_max_position": 64, "beta_fast": 1, "beta_slow": 32},
+        YARN | {"beta_fast": 1, "beta_slow": 32},
         r"rope.yarn.beta_slow = 32.0: it must lie between 0 and beta_fast = 1.0",
     ),
+    ("model.rope.yarn", YARN | {"attention_factor": 0}, r"rope.yarn.attention_factor = 0.0: give a positive factor"),
     (
         "model.rope.llama3",
         {"factor": 8, "low_freq_factor": 4, "high_freq_factor": 1, "original_max_position": 64},
@@ -130,7 +132,7 @@ def test_row_12_top_1_without_renormalisation_is_fine() -> None:
 
 def test_a_missing_key_and_two_rope_scalings_are_named() -> None:
     tree = changed("model.rope.linear", {"factor": 2})
-    tree["model"]["rope"]["yarn"] = {"factor": 2, "original_max_position": 8}
+    tree["model"]["rope"]["yarn"] = YARN
     with pytest.raises(ValueError, match=r"rope = linear \+ yarn: give at most one"):
         from_dict(ModelSpec, tree)
     del tree["model"]["vocab_size"]

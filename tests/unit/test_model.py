@@ -17,7 +17,9 @@ from zoo.registry import find_spec, model_names, paper_names
 MLA_CONFIG = MLAConfig(
     num_heads=4, kv_lora_rank=16, q_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6
 )
-YARN = YarnScaling(factor=4.0, original_max_position=8, mscale=0.7, mscale_all_dim=1.3)
+YARN = YarnScaling(
+    factor=4.0, original_max_position=8, beta_fast=32.0, beta_slow=1.0, attention_factor=0.93, mscale_all_dim=1.3
+)
 
 
 def config(**changes: Any) -> ModelConfig:

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from zoo.config import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
-from zoo.layers.rope import Rotary, inverse_frequencies, rotate, yarn_mscale
+from zoo.config import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling, yarn_mscale
+from zoo.families import get_family
+from zoo.families.fields import Fields
+from zoo.families.parts import read_rope
+from zoo.layers.rope import Rotary, inverse_frequencies, rotate
+from zoo.registry import find_spec
 
 YARN = {"factor": 40.0, "beta_fast": 32.0, "beta_slow": 1.0}
+PAPER = 0.1 * math.log(40.0) + 1
+
+
+def yarn(attention_factor: float = PAPER, **others: Any) -> RopeConfig:
+    scaling = YarnScaling(original_max_position=4096, attention_factor=attention_factor, **YARN, **others)
+    return RopeConfig(theta=1e4, yarn=scaling)
+
+
 CASES = {
     "linear": (
         RopeConfig(theta=1e4, linear=LinearScaling(factor=4.0)),
@@ -34,11 +47,27 @@ CASES = {
         },
     ),
     "yarn": (
-        RopeConfig(theta=1e4, yarn=YarnScaling(original_max_position=4096, **YARN)),
+        yarn(),
         {"rope_type": "yarn", "rope_theta": 1e4, "original_max_position_embeddings": 4096, **YARN},
     ),
+    "yarn of a file that gives the factor alone": (
+        yarn(),
+        {"rope_type": "yarn", "rope_theta": 1e4, "original_max_position_embeddings": 4096, "factor": 40.0},
+    ),
+    "yarn with an attention_factor": (
+        yarn(1.2, mscale_all_dim=0.707),
+        {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "original_max_position_embeddings": 4096,
+            "attention_factor": 1.2,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+            **YARN,
+        },
+    ),
     "yarn with both mscales": (
-        RopeConfig(theta=1e4, yarn=YarnScaling(original_max_position=4096, mscale=0.707, mscale_all_dim=1.2, **YARN)),
+        yarn((0.1 * 0.707 * math.log(40.0) + 1) / (0.1 * 1.2 * math.log(40.0) + 1), mscale_all_dim=1.2),
         {
             "rope_type": "yarn",
             "rope_theta": 1e4,
@@ -49,7 +78,7 @@ CASES = {
         },
     ),
     "yarn, not truncated": (
-        RopeConfig(theta=1e4, yarn=YarnScaling(original_max_position=4096, truncate=False, **YARN)),
+        yarn(truncate=False),
         {
             "rope_type": "yarn",
             "rope_theta": 1e4,
@@ -70,7 +99,21 @@ def test_frequencies_equal_transformers(name: str) -> None:
     expected, expected_scale = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
     frequencies, scale = inverse_frequencies(rope, 64)
     torch.testing.assert_close(frequencies, expected, rtol=1e-6, atol=0)
-    assert scale == pytest.approx(expected_scale, rel=1e-12)
+    assert scale == expected_scale
+    assert read_rope(Fields({"max_position_embeddings": 163840, "rope_parameters": parameters})) == rope
+
+
+@pytest.mark.parametrize("attention_factor", [1.0, 1.2, PAPER, 0.5])
+def test_row_15_readers_of_either_spelling_find_the_scale_in_a_written_file(attention_factor: float) -> None:
+    """DeepSeek's own code reads the two mscales, transformers ``attention_factor``."""
+    spec = find_spec("deepseek-v2-lite")
+    rope = yarn(attention_factor, mscale_all_dim=0.707)
+    hf = get_family("deepseek_v2").to_hf(replace(spec.model, rope=replace(rope, layout="interleaved")))
+    written = hf["rope_scaling"]
+    above, below = (0.1 * written[name] * math.log(40.0) + 1 for name in ("mscale", "mscale_all_dim"))
+    assert above / below == pytest.approx(attention_factor, rel=1e-14)
+    assert (written["mscale"] == written["mscale_all_dim"]) == (attention_factor == 1)
+    assert written["attention_factor"] == attention_factor
 
 
 def test_plain_frequencies_by_hand() -> None:
@@ -86,7 +129,7 @@ def test_mscale_by_hand() -> None:
 
 @pytest.mark.parametrize("layout", ["split", "interleaved"])
 def test_rotation_is_multiplication_of_complex_pairs(layout: Literal["split", "interleaved"]) -> None:
-    rope = RopeConfig(theta=1e4, layout=layout, yarn=YarnScaling(original_max_position=4096, **YARN))
+    rope = replace(yarn(), layout=layout)
     frequencies, scale = inverse_frequencies(rope, 8)
     positions, x = torch.tensor([[0, 1, 7, 3, 900]]).expand(2, 5), torch.randn(2, 5, 3, 8, dtype=torch.float64)
     turn = torch.polar(

@@ -18,6 +18,7 @@ from zoo.config import (
     MoEConfig,
     RopeConfig,
     YarnScaling,
+    yarn_mscale,
 )
 from zoo.families.fields import Fields
 
@@ -238,15 +239,20 @@ def _read_yarn(scaling: Fields, max_position: int) -> dict[str, Any]:
             f"{scaling.where}: mscale = {mscale} with mscale_all_dim = {mscale_all_dim} is not supported: published "
             "implementations disagree about it; give both or neither"
         )
+    factor = scaling.take(float, "factor", max_position / original)
+    attention_factor = scaling.optional(float, "attention_factor")
+    if attention_factor is None:
+        attention_factor = yarn_mscale(factor)
+        if mscale and mscale_all_dim:
+            attention_factor = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim)
     return {
         "yarn": YarnScaling(
-            factor=scaling.take(float, "factor", max_position / original),
+            factor=factor,
             original_max_position=original,
             beta_fast=scaling.optional(float, "beta_fast") or 32.0,
             beta_slow=scaling.optional(float, "beta_slow") or 1.0,
-            mscale=mscale,
+            attention_factor=attention_factor,
             mscale_all_dim=mscale_all_dim,
-            attention_factor=scaling.optional(float, "attention_factor"),
             truncate=scaling.take(bool, "truncate", True),
         )
     }
@@ -259,8 +265,19 @@ def _write_rope(rope: RopeConfig) -> dict[str, Any]:
     elif rope.llama3:
         scaling = _typed("llama3", vars(rope.llama3))
     elif rope.yarn:
-        scaling = _typed("yarn", vars(rope.yarn))
+        scaling = _typed("yarn", {**vars(rope.yarn), "mscale": _mscale(rope.yarn)})
     return {"rope_theta": rope.theta, "rope_scaling": scaling}
+
+
+def _mscale(yarn: YarnScaling) -> float | None:
+    """What DeepSeek's code, which knows no ``attention_factor``, divides by the mscale of ``mscale_all_dim`` to get it.
+
+    Without ``mscale_all_dim`` their code scales cos and sin by the paper's factor, and there is nothing to say.
+    """
+    if yarn.mscale_all_dim is None or yarn.attention_factor == 1 or yarn.factor == 1:
+        return yarn.mscale_all_dim
+    wanted = yarn.attention_factor * yarn_mscale(yarn.factor, yarn.mscale_all_dim)
+    return (wanted - 1) / (yarn_mscale(yarn.factor) - 1)
 
 
 def _typed(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.cache import LayerCache
-from zoo.config import ModelConfig
+from zoo.config import ModelConfig, yarn_mscale
 from zoo.layers.attend import attend
 from zoo.layers.norm import RMSNorm
-from zoo.layers.rope import rotary_of_last, rotate, yarn_mscale
+from zoo.layers.rope import rotary_of_last, rotate
 from zoo.layers.sequence import SequenceLayout, tail
 
 

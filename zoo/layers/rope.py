@@ -15,11 +15,6 @@ from torch import Tensor
 from zoo.config import Llama3Scaling, RopeConfig, YarnScaling
 
 
-def yarn_mscale(factor: float, coefficient: float = 1.0) -> float:
-    """mscale(s, c) = 0.1·c·ln s + 1 for s > 1 (arXiv 2309.00071, equation 22), else 1."""
-    return 0.1 * coefficient * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
 def inverse_frequencies(rope: RopeConfig, size: int) -> tuple[Tensor, float]:
     """Angular frequency of each rotated pair, and the factor on cos and sin.
 
@@ -32,7 +27,7 @@ def inverse_frequencies(rope: RopeConfig, size: int) -> tuple[Tensor, float]:
     if rope.llama3:
         return _llama3(frequencies, rope.llama3), 1.0
     if rope.yarn:
-        return _yarn(frequencies, rope.theta, size, rope.yarn), _yarn_scale(rope.yarn)
+        return _yarn(frequencies, rope.theta, size, rope.yarn), rope.yarn.attention_factor
     return frequencies, 1.0
 
 
@@ -63,14 +58,6 @@ def _yarn(frequencies: Tensor, theta: float, size: int, scaling: YarnScaling) ->
     width = (high - low) or 0.001
     interpolated = ((torch.arange(size // 2, device="cpu").float() - low) / width).clamp(0, 1)
     return frequencies * (interpolated / scaling.factor + (1 - interpolated))
-
-
-def _yarn_scale(scaling: YarnScaling) -> float:
-    if scaling.attention_factor is not None:
-        return scaling.attention_factor
-    if scaling.mscale and scaling.mscale_all_dim:
-        return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
-    return yarn_mscale(scaling.factor)
 
 
 class Rotary:
