@@ -24,6 +24,8 @@ SHARING_PAYS = 0.8
 """Share a beginning where at most this part of the tokens remains,"""
 SHARING_COSTS = 32
 """after adding so many: copies of the cache and attention to it take as long as some tokens."""
+FORWARD_COSTS = 128
+"""Tokens, however few a forward has (times of tiny models on a CPU)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +92,7 @@ def shared_prefix(model: Decoder, prompts: Sequence[Sequence[int]], prefix: Pref
     known = 0 if prefix is None else len(prefix.tokens)
     longest = max(map(len, prompts))
     together = (shared - known) + len(prompts) * (longest - shared)
-    if not sharing_pays(together, alone=len(prompts) * (longest - known)):
+    if not sharing_pays(together + FORWARD_COSTS, alone=len(prompts) * (longest - known)):
         return prefix
     return compute_prefix(model, prompts[0][:shared], prefix)
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from zoo.prefix import common_length, sharing_pays
-
-FORWARD_COSTS = 128
-"""Tokens, however few a forward has: more padding than that begins another one (times of tiny models on a CPU)."""
+from zoo.prefix import FORWARD_COSTS, common_length, sharing_pays
 
 
 @dataclass(frozen=True)
@@ -104,6 +101,8 @@ def batches(groups: Sequence[Group], budget: int) -> Iterator[list[Group]]:
 
 def padded(inputs: Iterable[Input], budget: int, past: int = 0, slots: int | None = None) -> Iterator[list[Input]]:
     """Inputs of similar length for forwards of at most ``budget`` tokens each, padding counted, the longest first.
+
+    More padding than another forward costs begins another one.
 
     Args:
         past: tokens of each that are computed already.
