@@ -27,8 +27,8 @@ from zoo.finetune.adapter import (
 )
 from zoo.finetune.apply import adapted_modules, apply, merge
 from zoo.finetune.config import FinetuneConfig
-from zoo.int8 import quantize_int8
 from zoo.model import Decoder, build
+from zoo.quantize import quantize
 from zoo.registry import find_spec
 from zoo.training.fit import FitCLI, fit
 from zoo.weights import load, save_model
@@ -124,7 +124,7 @@ def test_lora_experts_with_a_router_are_kept_beside_the_base(
     assert main(["export", str(final), str(tmp_path / "hf")]) == 2
     assert "cannot be merged" in capsys.readouterr().err
     with pytest.raises(ValueError, match="int8: experts with an adapter"):
-        quantize_int8(model)
+        quantize(model, "int8")
 
 
 def adapted(base: Path, section: dict[str, Any]) -> tuple[Decoder, AdapterSpec]:

@@ -19,7 +19,6 @@ from zoo.config import ModelConfig, RelativePositionConfig
 from zoo.config_reading import from_dict
 from zoo.finetune.apply import apply
 from zoo.finetune.config import FinetuneConfig
-from zoo.int8 import quantize_int8
 from zoo.layers.sequence import sequence_layout
 from zoo.model import Decoder, SparseDenseBlock, build
 from zoo.moe.layer import MoE
@@ -29,6 +28,7 @@ from zoo.parallel.estimate import Workload
 from zoo.parallel.hardware import find_gpu
 from zoo.parallel.mesh import MeshSizes
 from zoo.parallel.plan import load_plan, resolve
+from zoo.quantize import quantize
 from zoo.registry import find_spec
 from zoo.upcycle.layout import layout as upcycled
 
@@ -155,7 +155,7 @@ def test_what_knows_nothing_of_them_refuses_them() -> None:
         with pytest.raises(ValueError, match=r"relative_positions, ffn = relu, moe.dense_ffn: memory and time are"):
             Workload(config=config, gpu=find_gpu("h100"), gpus=8, sequence_length=64, global_batch=8)
     with pytest.raises(ValueError, match=r"int8: experts .* without a gate, are not supported"):
-        quantize_int8(build(ungated))
+        quantize(build(ungated), "int8")
     with pytest.raises(ValueError, match=r"finetune.lora.targets: layers.0.ffn.experts are experts without a gate"):
         apply(build(ungated), from_dict(FinetuneConfig, {"lora": {"targets": ["ffn"]}}, "finetune"))
     for sparse, message in ((ungated, "ffn = relu: only gated FFNs"), (followed, "moe.dense_ffn = True: the dense")):

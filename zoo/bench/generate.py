@@ -20,8 +20,8 @@ from zoo.bench.rows import LIMIT, OURS, Options, Row
 from zoo.bench.timing import interleaved
 from zoo.config import AttentionConfig, MLAConfig, ModelSpec
 from zoo.generation import generate
-from zoo.int8 import quantize_int8
 from zoo.model import Decoder, build
+from zoo.quantize import held_bytes, quantize
 from zoo.registry import find_spec
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 PROMPT, NEW = 32, 128
 """Tokens of a prompt and of its continuation."""
 BATCHES = (1, 8)
-ROUNDED = "mixtral-190m"
-"""Whose decoding with 8-bit weights is held against our own in fp32."""
+ROUNDED, KINDS = "mixtral-190m", ("int8", "int4")
+"""Whose decoding with weights of few bits is timed beside our own without; docs/performance.md has what they lose."""
 TIE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Logits that are as near to each other, over their standard deviation, may come out in either order."""
 
@@ -41,9 +41,9 @@ def rows(options: Options) -> Iterator[Row]:
     for name, spec in _specs().items():
         cases = {batch: f"{name}, batch {batch}" for batch in BATCHES}
         wanted = {batch: case for batch, case in cases.items() if options.wants(case)}
-        rounded = f"{name}, int8, batch 1"
-        rounds = name == ROUNDED and options.device == "cpu" and options.wants(rounded)
-        if wanted or rounds:
+        rounded = {kind: f"{name}, {kind}, batch 1" for kind in KINDS if name == ROUNDED and options.device == "cpu"}
+        rounded = {kind: case for kind, case in rounded.items() if options.wants(case)}
+        if wanted or rounded:
             ours = build(spec.model, dtype=options.dtype, device=options.device).eval()
         if wanted:
             with exported(ours, spec) as published:
@@ -51,8 +51,8 @@ def rows(options: Options) -> Iterator[Row]:
             for batch, case in wanted.items():
                 yield _row(case, ours, theirs, batch, options)
             del theirs
-        if rounds:
-            yield _rounded_row(rounded, ours, options)
+        for kind, case in rounded.items():
+            yield _rounded_row(case, kind, ours, options)
 
 
 def _row(case: str, ours: Decoder, theirs: PreTrainedModel, batch: int, options: Options) -> Row:
@@ -79,15 +79,20 @@ def _row(case: str, ours: Decoder, theirs: PreTrainedModel, batch: int, options:
     return Row("generate", case, seconds, notes=notes)
 
 
-def _rounded_row(case: str, exact: Decoder, options: Options) -> Row:
-    """Ours with 8-bit weights, beside ours without."""
+def _rounded_row(case: str, kind: str, exact: Decoder, options: Options) -> Row:
+    """Ours with weights of few bits, beside ours without."""
     rounded = copy.deepcopy(exact)
-    quantize_int8(rounded)
+    quantize(rounded, kind)
     ids = _prompts(exact, 1, options)
     name = f"{OURS} {str(options.dtype).removeprefix('torch.')}"
     ways = {OURS: partial(generate, rounded, ids, max_new_tokens=NEW)}
     ways[name] = partial(generate, exact, ids, max_new_tokens=NEW)
-    return Row("generate", case, interleaved(ways, options.rounds), notes={"new_tokens": NEW})
+    return Row(
+        "generate",
+        case,
+        interleaved(ways, options.rounds),
+        notes={"new_tokens": NEW, "weight_bytes": held_bytes(rounded)},
+    )
 
 
 def _prompts(model: Decoder, batch: int, options: Options) -> Tensor:

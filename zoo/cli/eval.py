@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="solved examples before each question")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write lm-eval's results and samples here")
     parser.add_argument("--seed", type=int, metavar="N", help="of examples and sampling; lm-eval's own by default")
-    parser.add_argument("--dtype", default="float32", help="torch dtype of the weights (default float32)")
+    parser.add_argument("--dtype", default="float32", help="torch dtype of the weights, or auto (default float32)")
     parser.add_argument("--device", metavar="DEVICE", help="such as cuda; the GPU by default if there is one")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON in place of a table")
 

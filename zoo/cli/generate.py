@@ -33,9 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="let the model's MTP modules draft tokens and the model check them: the greedy text in fewer passes",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="of the sampling; a new one each time by default")
-    parser.add_argument("--dtype", default="float32", help="torch dtype of the weights (default float32)")
     parser.add_argument(
-        "--quantize", choices=("int8",), help="hold FFNs and experts in 8 bits: less to read for each token on a CPU"
+        "--dtype",
+        default="float32",
+        help="torch dtype of the weights (default float32), or `auto`: bfloat16 where it is native",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=("int8", "int8-dynamic", "int4"),
+        help="hold FFNs and experts in 8 or 4 bits, for a CPU; int8-dynamic rounds what enters them as well",
     )
     parser.add_argument("--device", metavar="DEVICE", help="such as cuda; the GPU by default if there is one")
     parser.add_argument("--json", action="store_true", help="print prompt, text, tokens and speed as JSON")
@@ -54,9 +60,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--speculative: its text is the greedy one; remove --temperature, --top-k and --top-p")
     model, tokenizer = load_with_tokenizer(args.source, dtype=args.dtype, device=args.device, progress=True)
     if args.quantize:
-        from zoo.int8 import quantize_int8
+        from zoo.quantize import quantize
 
-        quantize_int8(model)
+        quantize(model, args.quantize)
     prompt_text = sys.stdin.read() if args.prompt == "-" else args.prompt
     prompt = tokenizer.encode(prompt_text, bos=tokenizer.add_bos)
     text, acceptance = TextStream(tokenizer, prompt), Acceptance()

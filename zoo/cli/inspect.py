@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--noise", type=float, default=0.1, metavar="X", help="on embeddings, relative to their size (default 0.1)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of noise and permutations (default 0)")
-    parser.add_argument("--dtype", default="float32", help="torch dtype of the weights (default float32)")
+    parser.add_argument("--dtype", default="float32", help="torch dtype of the weights, or auto (default float32)")
     parser.add_argument("--device", metavar="DEVICE", help="such as cuda; the GPU by default if there is one")
 
 

@@ -17,6 +17,7 @@ from zoo.registry import all_names, checkpoints, encoder_decoder_names, find_any
 from zoo.tokenizer import Tokenizer, check_vocab
 from zoo.weights.convert import open_published, open_zoo, published_directory, skeleton
 from zoo.weights.hub import download, is_hub_id
+from zoo.weights.precision import floating_dtype
 from zoo.weights.stream import tracked
 from zoo.weights.target import ADAPTER_FILE, MAX_SHARD_BYTES, copy_tokenizer, new_directory, write_tensors
 
@@ -78,22 +79,20 @@ def load_with_tokenizer(
 
     Args:
         source: as for ``load``.
-        dtype: name of a torch dtype.
+        dtype: name of a torch dtype, or "auto": bfloat16 where the device multiplies it natively, else float32.
         device: name of a torch device; by default the GPU if there is one.
         progress: show a progress bar on standard error.
 
     Raises:
         ValueError: as ``load``; an unknown dtype or device; a tokenizer that is missing or larger than the embedding.
     """
-    torch_dtype = getattr(torch, dtype, None)
-    if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
-        raise ValueError(f"dtype = {dtype!r}: give a floating torch dtype, such as float32 or bfloat16")
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise ValueError(f"device = {device!r}: give a torch device, such as cpu or cuda:0") from None
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device = {device!r}: there is no CUDA device here; use cpu")
+    torch_dtype = floating_dtype(dtype, place)
     _expect_decoder(source)
     directory = checkpoint_directory(source)
     tokenizer = Tokenizer.load(directory)
