@@ -92,9 +92,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="let the model's MTP modules draft tokens and the model check them: the greedy text in fewer passes",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="of the sampling; a new one each time by default")
-    parser.add_argument("--dtype", default="float32", help="torch dtype of the weights (default float32)")
     parser.add_argument(
-        "--quantize", choices=("int8",), help="hold FFNs and experts in 8 bits: less to read for each token on a CPU"
+        "--dtype",
+        default="float32",
+        help="torch dtype of the weights (default float32), or `auto`: bfloat16 where it is native",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=("int8", "int8-dynamic", "int4"),
+        help="hold FFNs and experts in 8 or 4 bits, for a CPU; int8-dynamic rounds what enters them as well",
     )
     parser.add_argument("--device", metavar="DEVICE", help="such as cuda; the GPU by default if there is one")
     parser.add_argument(
@@ -118,9 +124,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--prompts {args.prompts}: the file holds no prompt; write one a line")
     model, tokenizer = load_with_tokenizer(args.source, dtype=args.dtype, device=args.device, progress=True)
     if args.quantize:
-        from zoo.int8 import quantize_int8
+        from zoo.quantize import quantize
 
-        quantize_int8(model)
+        quantize(model, args.quantize)
     prompts = []
     for name, own in texts:
         prompt = _Prompt(name, own, prefix + own, tokenizer.encode(prefix + own, bos=tokenizer.add_bos))
