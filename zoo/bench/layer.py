@@ -23,7 +23,7 @@ from zoo.bench.rows import LIMIT, OURS, Options, Row
 from zoo.bench.timing import interleaved
 from zoo.config import ModelSpec
 from zoo.layers.ffn import SwiGLU
-from zoo.model import build
+from zoo.model import Decoder, build
 from zoo.moe.layer import MoE
 from zoo.registry import find_spec
 
@@ -113,10 +113,7 @@ COST = {f"cost, {experts} experts": Shape("mixtral", 512, 512, experts, 2) for e
 def rows(options: Options) -> Iterator[Row]:
     """Seconds of a call of every case that ``options`` asks for."""
     for name, shape in {**SHAPES, **COST}.items():
-        cases: dict[str, tuple[int, bool]] = {f"{name}, forward + backward, T {MANY:,}": (MANY, True)}
-        if name in SHAPES:
-            cases[f"{name}, forward, T {MANY:,}"] = (MANY, False)
-            cases |= {f"{name}, forward, T {tokens}": (tokens, False) for tokens in FEW}
+        cases = few_and_many(name) if name in SHAPES else {_trained(name): (MANY, True)}
         wanted = {case: sizes for case, sizes in cases.items() if options.wants(case)}
         if wanted:
             ours, ways = layers(shape, options)
@@ -124,11 +121,27 @@ def rows(options: Options) -> Iterator[Row]:
                 yield measured(case, shape, ours, ways, tokens, backward, options)
 
 
+def few_and_many(name: str) -> dict[str, tuple[int, bool]]:
+    """Case → (tokens, whether with a backward pass)."""
+    cases = {_trained(name): (MANY, True), f"{name}, forward, T {MANY:,}": (MANY, False)}
+    return cases | {f"{name}, forward, T {tokens}": (tokens, False) for tokens in FEW}
+
+
+def _trained(name: str) -> str:
+    return f"{name}, forward + backward, T {MANY:,}"
+
+
+def one_layer(shape: Shape, options: Options) -> tuple[MoE, Decoder]:
+    """Ours, and the model that it is of."""
+    model = build(shape.spec().model, dtype=options.dtype, device=options.device)
+    (ours,) = [module for module in model.modules() if isinstance(module, MoE)]
+    return ours, model
+
+
 def layers(shape: Shape, options: Options) -> tuple[MoE, dict[str, Layer]]:
     """Ours, and every way to compute the same weights."""
     spec = shape.spec()
-    model = build(spec.model, dtype=options.dtype, device=options.device)
-    (ours,) = [module for module in model.modules() if isinstance(module, MoE)]
+    ours, model = one_layer(shape, options)
     with exported(model, spec) as published:
         whole = in_transformers(published, options)
     theirs = whole.get_submodule("model.layers.0.mlp")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SUBJECTS = {
     "layer": "one MoE layer, forward and backward",
+    "experts": "the ways of computing experts, each beside the one taken by itself",
     "train": "a training step of whole models, and what a token costs when one size varies",
     "generate": "greedy decoding",
     "load": "reading a sharded checkpoint, with peak memory, and the time to a first token",

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from zoo.finetune.config import LoRAConfig, MoLoRAConfig
 from zoo.model import initial_values
 from zoo.moe.clamped import ClampedExperts, clamped_swiglu
-from zoo.moe.experts import Experts, as_autocast, grouped_applies
+from zoo.moe.experts import Experts, as_autocast
 from zoo.moe.router import RouterOutput
+from zoo.moe.ways import choose, ways_of_rows
 
 
 class Adapter(Protocol):
@@ -195,7 +196,7 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor | None) -> Tensor:
     """x [N, i] times weight [o, i], or, of rows sorted by expert, times that of their own in [E, o, i] → [N, o]."""
     if counts is None:
         return F.linear(x, weight)
-    if grouped_applies(x, weight):
+    if choose(x, weight, {**ways_of_rows(x, weight), "loop": False}) == "grouped":
         x, weight = as_autocast(x, weight)
         return F.grouped_mm(x, weight.mT, offs=counts.cumsum(0).to(torch.int32))
     # unbind and not indexing: the backward of indexing writes a whole [E, …] gradient for every expert.

@@ -5,11 +5,14 @@ Shapes: N routed rows sorted by expert, E experts, D model, F FFN.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.moe.experts import Experts, as_autocast, grouped_applies
+from zoo.moe.experts import Experts, as_autocast
+from zoo.moe.ways import Way, choose, ways_of_rows
 
 ALPHA = 1.702
 """x·sigmoid(1.702 x) is close to GELU (arXiv 1606.08415, section 2)."""
@@ -32,14 +35,14 @@ class ClampedExperts(Experts):
         """See ``Experts``."""
         return self.gate_up, self.down, self.gate_up_bias, self.down_bias
 
-    def mixes(self, x: Tensor) -> bool:
+    def way(self, x: Tensor) -> Way:
         """See ``Experts``; the blocks have no biases."""
-        return False
+        return choose(x, self.down, ways_of_rows(x, self.down))
 
     def compute(self, rows: Tensor, counts: Tensor, *weights: Tensor) -> Tensor:
         """See ``Experts``."""
         gate_up, down, gate_up_bias, down_bias = weights
-        way = clamped_grouped if grouped_applies(rows, down) else clamped_split
+        way = WAYS[choose(rows, down, ways_of_rows(rows, down))]
         return way(rows, counts, gate_up, down, gate_up_bias, down_bias, self.limit)
 
 
@@ -94,3 +97,7 @@ def clamped_grouped(
     both = F.grouped_mm(rows, gate_up.flatten(1, 2).mT, offs=ends) + gate_up_bias.flatten(1, 2)[expert]
     gate, up = both.chunk(2, dim=-1)
     return F.grouped_mm(clamped_swiglu(gate, up, limit), down.mT, offs=ends) + down_bias[expert]
+
+
+WAYS: dict[Way, Callable[..., Tensor]] = {"loop": clamped_loop, "split": clamped_split, "grouped": clamped_grouped}
+"""As in ``zoo.moe.experts``."""

@@ -6,14 +6,16 @@ Shapes: T tokens, N routed rows sorted by expert, E experts, D model, F FFN.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.layers.ffn import Activation, gelu_tanh
-from zoo.moe.blocked import blocked_applies, mix
+from zoo.moe.blocked import blocked_applies, mix_blocked, mix_few, mix_one
 from zoo.moe.router import RouterOutput
+from zoo.moe.ways import Way, choose, product_dtype, ways_of_rows
 
 
 class StackedExperts(nn.Module, ABC):
@@ -58,13 +60,20 @@ class Experts(StackedExperts):
 
     def forward(self, x: Tensor, of: Tensor | RouterOutput) -> Tensor:
         """See ``StackedExperts``."""
-        if isinstance(of, RouterOutput):
-            return mix(x, of, self.gate_up, self.down, self.activation)
-        return super().forward(x, of)
+        if not isinstance(of, RouterOutput):
+            return super().forward(x, of)
+        return OF_TOKENS[self.way(x)](x, of, self.gate_up, self.down, self.activation)
 
     def mixes(self, x: Tensor) -> bool:
         """See ``StackedExperts``."""
-        return blocked_applies(x, self.gate_up, self.activation)
+        return self.way(x) in OF_TOKENS
+
+    def way(self, x: Tensor) -> Way:
+        """How tokens x [T, D] are computed."""
+        blocked = blocked_applies(x, self.gate_up, self.activation)
+        ways, forward_only = ways_of_rows(x, self.down), blocked and not torch.is_grad_enabled()
+        few = forward_only and ways["grouped"] and len(x) <= len(self.down)
+        return choose(x, self.down, {**ways, "blocked": blocked, "few": few, "single": forward_only and len(x) == 1})
 
     @property
     def weights(self) -> tuple[nn.Parameter, ...]:
@@ -74,7 +83,7 @@ class Experts(StackedExperts):
     def compute(self, rows: Tensor, counts: Tensor, *weights: Tensor) -> Tensor:
         """See ``StackedExperts``."""
         gate_up, down = weights
-        way = experts_grouped if grouped_applies(rows, down) else experts_split
+        way = WAYS[choose(rows, down, ways_of_rows(rows, down))]
         return way(rows, counts, gate_up, down, self.gate)
 
     def gate(self, x: Tensor) -> Tensor:
@@ -98,9 +107,9 @@ class DropoutExperts(Experts):
         self.activation = activation
         self.rate = rate
 
-    def mixes(self, x: Tensor) -> bool:
+    def way(self, x: Tensor) -> Way:
         """See ``Experts``; the blocks drop nothing."""
-        return not self.training and super().mixes(x)
+        return choose(x, self.down, ways_of_rows(x, self.down)) if self.training else super().way(x)
 
     def gate(self, x: Tensor) -> Tensor:
         """See ``Experts``. What is dropped of one factor of a product is dropped of the product."""
@@ -154,21 +163,16 @@ def experts_grouped(
     return F.grouped_mm(activation(gate) * up, down.mT, offs=ends)
 
 
-def grouped_applies(rows: Tensor, down: Tensor) -> bool:
-    """Whether ``experts_grouped`` is the way for rows [N, D] and ``down`` [E, D, F].
+WAYS: dict[Way, Callable[..., Tensor]] = {"loop": experts_loop, "split": experts_split, "grouped": experts_grouped}
+"""Ways of computing sorted rows."""
 
-    torch's CUDA kernel takes bf16, and rows of memory of whole 16 bytes. On the CPU it is not the faster.
-    """
-    if not rows.is_cuda:
-        return False
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else rows.dtype
-    return dtype == torch.bfloat16 and all(size % 8 == 0 for size in down.shape[1:])
+OF_TOKENS: dict[Way, Callable[..., Tensor]] = {"blocked": mix_blocked, "few": mix_few, "single": mix_one}
+"""Ways of computing tokens with their routing."""
 
 
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """``tensors`` in the dtype that autocast gives to products; grouped ones are not on its list."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled(tensors[0].device.type):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = product_dtype(tensors[0])
     return tuple(tensor.to(dtype) for tensor in tensors)

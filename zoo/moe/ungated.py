@@ -5,11 +5,14 @@ Shapes: N routed rows sorted by expert, E experts, D model, F FFN.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.moe.experts import StackedExperts, as_autocast, grouped_applies
+from zoo.moe.experts import StackedExperts, as_autocast
+from zoo.moe.ways import Way, choose, ways_of_rows
 
 
 class ReLUExperts(StackedExperts):
@@ -31,7 +34,7 @@ class ReLUExperts(StackedExperts):
     def compute(self, rows: Tensor, counts: Tensor, *weights: Tensor) -> Tensor:
         """See ``StackedExperts``."""
         up, down = weights
-        way = relu_grouped if grouped_applies(rows, down) else relu_split
+        way = WAYS[choose(rows, down, ways_of_rows(rows, down))]
         return way(rows, counts, up, down)
 
 
@@ -67,3 +70,7 @@ def relu_grouped(rows: Tensor, counts: Tensor, up: Tensor, down: Tensor) -> Tens
     rows, up, down = as_autocast(rows, up, down)
     ends = counts.cumsum(0).to(torch.int32)
     return F.grouped_mm(F.relu(F.grouped_mm(rows, up.mT, offs=ends)), down.mT, offs=ends)
+
+
+WAYS: dict[Way, Callable[..., Tensor]] = {"loop": relu_loop, "split": relu_split, "grouped": relu_grouped}
+"""As in ``zoo.moe.experts``."""

@@ -1,0 +1,115 @@
+"""Which way experts are computed: a table of what was measured the fastest, and how to ask for another.
+
+``zoo bench experts`` times every way beside the one that the table takes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Way = Literal["loop", "split", "grouped", "blocked", "few", "single"]
+"""The first three take rows sorted by expert, the others tokens with their routing: ``few`` at most as many as there
+are experts, ``single`` one."""
+
+VARIABLE = "MOE_ZOO_EXPERTS"
+"""Environment variable with the name of a way, for a whole command."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Where a way is the fastest that was measured. What is None does not matter."""
+
+    way: Way
+    device: str | None = None
+    dtypes: frozenset[torch.dtype] | None = None
+    """Of the products: autocast's, where that is on."""
+    fine: bool = False
+    """Only for matrices of less than ``LARGE`` numbers, whose products are small."""
+
+
+LARGE = 500_000
+
+_BF16 = frozenset((torch.bfloat16,))
+
+TABLE = (
+    Rule("single", device="cpu"),
+    Rule("few", device="cpu"),
+    Rule("blocked", device="cpu"),
+    Rule("grouped", device="cpu", dtypes=_BF16, fine=True),
+    Rule("grouped", device="cuda", dtypes=_BF16),
+    Rule("split"),
+)
+"""The first that fits, of those that can compute what is asked for."""
+
+_asked_for: list[str] = [os.environ[VARIABLE]] if os.environ.get(VARIABLE) else []
+"""And by ``computed_as``, the innermost last."""
+
+
+def choose(x: Tensor, weight: Tensor, possible: Mapping[Way, bool]) -> Way:
+    """The way to compute tokens or sorted rows x [rows, D] by experts one of whose matrices are ``weight`` [E, o, i].
+
+    Args:
+        possible: way → whether it can compute these; ways that are missing cannot.
+
+    Raises:
+        ValueError: another way was asked for, and is none or cannot compute these.
+    """
+    if _asked_for:
+        return _asked(_asked_for[-1], x, possible)
+    dtype = product_dtype(x)
+    for rule in TABLE:
+        fits = (
+            rule.device in (None, x.device.type)
+            and (rule.dtypes is None or dtype in rule.dtypes)
+            and (not rule.fine or weight.shape[1] * weight.shape[2] < LARGE)
+        )
+        if fits and possible.get(rule.way, False):
+            return rule.way
+    raise AssertionError("every kind of experts can be computed by the last rule's way")
+
+
+def _asked(asked: str, x: Tensor, possible: Mapping[Way, bool]) -> Way:
+    for way in possible:
+        if way == asked and possible[way]:
+            return way
+    able = ", ".join(way for way in possible if possible[way])
+    if asked not in get_args(Way):
+        raise ValueError(f"experts computed as {asked!r} ({VARIABLE}): no such way; give one of {able}, or none at all")
+    raise ValueError(
+        f"experts computed as {asked!r} ({VARIABLE}): it cannot compute {len(x)} rows of {product_dtype(x)} on "
+        f"{x.device} here; give one of {able}, or none at all"
+    )
+
+
+@contextmanager
+def computed_as(way: Way) -> Iterator[None]:
+    """Compute experts in this way within the block, also where it is not the fastest."""
+    _asked_for.append(way)
+    try:
+        yield
+    finally:
+        _asked_for.pop()
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that products of x have: autocast's, where that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def ways_of_rows(rows: Tensor, down: Tensor) -> dict[Way, bool]:
+    """Which ways can compute sorted rows [N, D] of experts with ``down`` [E, D, F], whatever is between.
+
+    torch's grouped product takes no fp64; on CUDA it takes bf16 only, and rows of memory of whole 16 bytes.
+    """
+    dtype = product_dtype(rows)
+    whole = all(size % 8 == 0 for size in down.shape[1:])
+    grouped = dtype == torch.bfloat16 and whole if rows.is_cuda else dtype in (torch.float32, torch.bfloat16)
+    return {"loop": True, "split": True, "grouped": grouped}
