@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lm_eval.api.instance import Instance
 
 import zoo
 from zoo.config import ModelConfig
@@ -207,3 +208,22 @@ def test_inputs_of_unlike_length_are_not_padded_to_one() -> None:
     inputs = [Input(tuple([n] * n), n - 1) for n in lengths]
     forwards = [[len(one.tokens) for one in forward] for forward in padded(inputs, 4096)]
     assert forwards == [[1000, 990], [100, 99, 98, 97, 10]]
+
+
+def test_examples_that_all_contexts_begin_with_are_computed_once(repository: Path) -> None:
+    lm = ZooLM(str(repository / "checkpoints" / "facts-mixtral"), batch_size=2)
+    examples = "Question: What is the capital of Chad?\nAnswer: N'Djamena\n\n" * 12
+    contexts = [examples + end for end in ("The capital of Peru is", "Question: What is", "Mali", "Question: What")]
+
+    def continued(contexts: list[str]) -> list[str]:
+        settings = {"until": ["\n"], "max_gen_toks": 6}
+        asked = [Instance("generate_until", {}, (context, dict(settings)), 0) for context in contexts]
+        return lm.generate_until(asked, disable_tqdm=True)
+
+    alone = [text for context in contexts for text in continued([context])]
+    counts: list[int] = []
+    lm.model.embed_tokens.register_forward_pre_hook(lambda _, arguments: counts.append(arguments[0].numel()))
+    assert continued(contexts) == alone
+    assert len(set(alone)) > 1
+    assert counts[0] > 0.9 * len(lm.tok_encode(examples))
+    assert sum(counts[1:]) < counts[0] / 2

@@ -29,7 +29,7 @@ from zoo.generation import Stop, generate
 from zoo.generation_checks import check_causal
 from zoo.harness.prefixes import Group, Input, batches, grouped, padded
 from zoo.model import Decoder
-from zoo.prefix import prefilled
+from zoo.prefix import Prefix, prefilled, shared_prefix
 from zoo.tokenizer import Tokenizer
 from zoo.weights.loading import load_with_tokenizer
 
@@ -246,34 +246,42 @@ class ZooLM(TemplateLM):
         results = [""] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm or None, desc="Generating") as bar:
             for numbers in by_settings.values():
-                settings = requests[numbers[0]].args[1]
+                settings = dict(normalize_gen_kwargs(requests[numbers[0]].args[1], self.max_gen_toks))
+                room = self._room(settings["max_gen_toks"])
+                self.num_truncated += sum(len(contexts[number]) > room for number in numbers)
+                prompts = {number: contexts[number][-room:] for number in numbers}
+                prefix = shared_prefix(self.model, list(prompts.values()))
                 for batch in _batches(numbers, self.batch_size, length=lambda n: len(contexts[n])):
-                    texts = self._continue([contexts[n] for n in batch], settings)
+                    texts = self._continue([prompts[n] for n in batch], settings, prefix)
                     for number, text in zip(batch, texts, strict=True):
                         results[number] = text
                         self.cache_hook.add_partial("generate_until", requests[number].args, text)
                     bar.update(len(batch))
         return results
 
-    def _continue(self, contexts: list[list[int]], settings: dict[str, Any]) -> list[str]:
-        """Continuations under one task's ``generation_kwargs``, cut before the first stop sequence."""
-        options = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
+    def _room(self, max_gen_toks: int) -> int:
+        """Most tokens of a context."""
+        room = self.max_length - max_gen_toks
+        if room < 1:
+            raise ValueError(
+                f"max_gen_toks = {max_gen_toks} leaves no room for a context in max_length = {self.max_length}; "
+                "lower it"
+            )
+        return room
+
+    def _continue(self, prompts: list[list[int]], settings: dict[str, Any], prefix: Prefix | None) -> list[str]:
+        """Continuations under one task's normalised ``generation_kwargs``, cut before the first stop sequence."""
+        options = dict(settings)
         until = [text for text in handle_stop_sequences(options.pop("until"), eos=None) if text]
         max_new_tokens, sampled = options.pop("max_gen_toks"), options.pop("do_sample")
         temperature, top_k, top_p = (options.pop(name, None) for name in ("temperature", "top_k", "top_p"))
         if options:
             raise ValueError(f"generation_kwargs: {', '.join(map(repr, options))} is not supported; remove it")
-        room = self.max_length - max_new_tokens
-        if room < 1:
-            raise ValueError(
-                f"max_gen_toks = {max_new_tokens} leaves no room for a context in max_length = {self.max_length}; "
-                "lower it"
-            )
-        self.num_truncated += sum(len(context) > room for context in contexts)
         new_tokens = generate(
             self.model,
-            [context[-room:] for context in contexts],
+            prompts,
             max_new_tokens=max_new_tokens,
+            prefix=prefix,
             eos_id=self.eot_token_id,
             stop=self._stop_at(until) if until else None,
             **({"temperature": temperature or 1.0, "top_k": top_k, "top_p": top_p} if sampled else {}),
