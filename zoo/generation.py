@@ -15,12 +15,22 @@ from zoo.generation_checks import check_request
 from zoo.prefix import Prefix, shared_prefix
 
 if TYPE_CHECKING:
+    from zoo.cache import Cache
     from zoo.model import Decoder
     from zoo.tokenizer import Tokenizer
 
 Prompts = Tensor | Sequence[Sequence[int]]
 Stop = Callable[[int, list[int]], bool]
 """Called with a prompt's number and its new tokens after each of them; ``True`` ends that prompt's continuation."""
+
+
+def decode_step(model: Decoder, tokens: Tensor, cache: Cache) -> Tensor:
+    """tokens [B, 1], one more of every prompt → logits [B, V] of the next; ``cache`` then holds them."""
+    return model(tokens, cache=cache).logits[:, -1]
+
+
+Step = Callable[["Decoder", Tensor, "Cache"], Tensor]
+"""Arguments and result as ``decode_step``."""
 
 
 def generate(
@@ -36,6 +46,7 @@ def generate(
     eos_id: int | Sequence[int] | None = None,
     stop: Stop | None = None,
     seed: int | None = None,
+    step: Step = decode_step,
 ) -> list[list[int]]:
     """Continue every prompt; the result is one list of new token ids per prompt, without the ``eos_id`` that ended it.
 
@@ -52,6 +63,7 @@ def generate(
         eos_id: token or tokens that end a continuation.
         stop: ends a continuation by its tokens so far.
         seed: of the drawing; ``None`` draws from torch's global generator.
+        step: computes what follows each new token, such as a ``zoo.compiled.CompiledStep`` of one prompt.
 
     Raises:
         ValueError: an empty prompt, a token id outside the vocabulary, prompt and new tokens together beyond the
@@ -70,6 +82,7 @@ def generate(
         eos_id=eos_id,
         stop=stop,
         seed=seed,
+        step=step,
     ):
         new_tokens[row].append(token)
     return new_tokens
@@ -89,6 +102,7 @@ def stream(
     eos_id: int | Sequence[int] | None = None,
     stop: Stop | None = None,
     seed: int | None = None,
+    step: Step = decode_step,
 ) -> Iterator[tuple[int, int]]:
     """Yield ``(prompt number, new token id)`` as tokens are made; arguments and errors as in ``generate``."""
     device = next(model.parameters()).device
@@ -111,7 +125,7 @@ def stream(
     new_tokens: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(prompts)
     logits = model(ids, attention_mask=mask, cache=cache, last=1).logits[:, -1]
-    for step in range(1, max_new_tokens + 1):
+    for count in range(1, max_new_tokens + 1):
         tokens = choose(logits)
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if done[row]:
@@ -123,13 +137,13 @@ def stream(
             yield row, token
             done[row] = stop is not None and stop(row, new_tokens[row])
         active = [slot for slot, row in enumerate(rows) if not done[row]]
-        if not active or step == max_new_tokens:
+        if not active or count == max_new_tokens:
             return
         if 2 * len(active) <= len(rows):  # each time at most half are left, so that copying stays cheap
             keep = torch.tensor(active, device=device)
             cache.keep_rows(keep)
             tokens, rows = tokens[keep], [rows[slot] for slot in active]
-        logits = model(tokens[:, None], cache=cache).logits[:, -1]
+        logits = step(model, tokens[:, None], cache)
 
 
 def next_token_probabilities(
