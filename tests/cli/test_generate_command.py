@@ -149,12 +149,16 @@ def test_bad_files_are_named(
     assert message in capsys.readouterr().err
 
 
-def test_bad_arguments_are_named(capsys: pytest.CaptureFixture[str], source: str) -> None:
+def test_bad_arguments_are_named(capsys: pytest.CaptureFixture[str], source: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "binary").write_bytes(b"text \xff")
     for arguments, message in (
         (["--prompt", "-", "--prompt", "-"], "--prompt - is given twice"),
         (["--prompt", "a", "--prompt", "b", "--batch-size", "0"], "--batch-size 0: give a positive number"),
         (["--prompt", "a", "--prompt", "word " * 600], "--prompt 2 of 2401 tokens"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--prompt", "a", "--prefix-file", str(tmp_path / "empty")], "empty: the file is empty; write"),
+        (["--prompt", "a", "--prefix-file", str(tmp_path / "binary")], "binary: "),
     ):
         assert main(["generate", source, *arguments]) == 2
         assert message in capsys.readouterr().err

@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--speculative: its text is the greedy one; remove --temperature, --top-k and --top-p")
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: give a positive number of prompts")
-    prefix = args.prefix if args.prefix_file is None else args.prefix_file.read_text(encoding="utf-8")
+    prefix = args.prefix if args.prefix_file is None else _text_of_file(args.prefix_file)
     texts = _texts(args.prompt) if args.prompts is None else list(_texts_of_file(args.prompts))
     if not texts:
         raise ValueError(f"--prompts {args.prompts}: the file holds no prompt; write one a line")
@@ -142,6 +142,16 @@ def _texts(given: Sequence[str]) -> list[tuple[str, str]]:
         raise ValueError("--prompt - is given twice: standard input can be read once; give the other as text")
     names = ["--prompt"] if len(given) == 1 else [f"--prompt {number}" for number in range(1, len(given) + 1)]
     return [(name, sys.stdin.read() if text == "-" else text) for name, text in zip(names, given, strict=True)]
+
+
+def _text_of_file(path: Path) -> str:
+    """All of it, with the newline at its end where there is one."""
+    from zoo.training.data.sources import read_text
+
+    text = "".join(part for part, _ in read_text(path, None))
+    if not text:
+        raise ValueError(f"--prefix-file {path}: the file is empty; write what prompts begin with, or leave it out")
+    return text
 
 
 def _texts_of_file(path: Path) -> Iterator[tuple[str, str]]:
