@@ -42,11 +42,12 @@ class QuantizedWeight(nn.Module, ABC):
         self.rows, self.missing = o, -i % self.fill[1]
         self.hold(F.pad(weight.float(), (0, self.missing, 0, -o % self.fill[0])))
 
-    def forward(self, x: Tensor, index: int = 0) -> Tensor:
+    def product(self, x: Tensor, index: int = 0) -> Tensor:
         """x [N, i] → x Wᵀ [N, o] in the dtype of x, with W number ``index``."""
         if self.missing:
             x = F.pad(x, (0, self.missing))
-        return (self.few if len(x) <= self.few_rows else self.many)(x, index)[:, : self.rows]
+        out = (self.few if len(x) <= self.few_rows else self.many)(x, index)
+        return out if out.shape[1] == self.rows else out[:, : self.rows]
 
     @abstractmethod
     def hold(self, weight: Tensor) -> None:
@@ -54,11 +55,11 @@ class QuantizedWeight(nn.Module, ABC):
 
     @abstractmethod
     def few(self, x: Tensor, index: int) -> Tensor:
-        """``forward`` by torch's product with the held weights; x is filled up."""
+        """``product`` by torch's product with the held weights; x is filled up."""
 
     @abstractmethod
     def many(self, x: Tensor, index: int) -> Tensor:
-        """``forward`` for many rows; x is filled up."""
+        """``product`` for many rows; x is filled up."""
 
 
 class Int8(QuantizedWeight):
@@ -173,8 +174,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., i] → [..., o]."""
-        out: Tensor = self.weight(x.flatten(0, -2))
-        return out.unflatten(0, x.shape[:-1])
+        return self.weight.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
 class QuantizedExperts(nn.Module):
@@ -197,8 +197,8 @@ class QuantizedExperts(nn.Module):
         for expert, count in enumerate(assignment.counts.tolist()):
             if count:
                 token = assignment.token[start : start + count]
-                gate, up = self.gate_up(x.index_select(0, token), expert).chunk(2, dim=-1)
-                rows = self.down(self.activation(gate) * up, expert)
+                gate, up = self.gate_up.product(x.index_select(0, token), expert).chunk(2, dim=-1)
+                rows = self.down.product(self.activation(gate) * up, expert)
                 weighted = rows * assignment.weight[start : start + count].unsqueeze(-1)
                 out.index_add_(0, token, weighted.to(x.dtype))
                 start += count

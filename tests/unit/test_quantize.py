@@ -74,7 +74,7 @@ def test_products_are_those_of_the_rounded_weights(
     weight, x = torch.randn(shape), torch.randn(rows, shape[2]).to(dtype)
     held = KINDS[kind](weight)
     for index, exact in enumerate(dense(held)):
-        out, expected = held(x, index), x.float() @ exact.T
+        out, expected = held.product(x, index), x.float() @ exact.T
         assert out.dtype == dtype and out.shape == expected.shape
         assert torch.linalg.norm(out.float() - expected) <= 0.02 * torch.linalg.norm(x.float()) * exact.norm()
 
@@ -83,7 +83,7 @@ def test_rows_of_very_unequal_size_each_have_their_own_scale() -> None:
     x = torch.randn(16, 64) * torch.logspace(-6, 6, 16).unsqueeze(1)
     x[3] = 0.0
     held = DynamicInt8(torch.randn(1, 32, 64))
-    out, expected = held(x), x @ dense(held)[0].T
+    out, expected = held.product(x), x @ dense(held)[0].T
     assert bool(((out - expected).norm(dim=1) <= 0.02 * expected.norm(dim=1)).all()) and not out[3].any()
 
 
@@ -103,7 +103,7 @@ def test_4_bits_on_a_processor_of_another_packing() -> None:
     """Where ``unpacked`` does not know the order in memory, many rows are multiplied as few ones are."""
     code = (
         "import torch; from zoo.quantize import Int4; torch.manual_seed(0); w = torch.randn(1, 96, 64);"
-        "x = torch.randn(200, 64); held = Int4(w); out = held(x);"
+        "x = torch.randn(200, 64); held = Int4(w); out = held.product(x);"
         "assert (out - held.few(x, 0)[:, :96]).norm() < 0.01 * out.norm();"
         "assert (out - x @ w[0].T).norm() < 0.12 * out.norm()"
     )
