@@ -44,6 +44,8 @@ def test_windows_chunks_caps_sinks_and_biases(name: str, monkeypatch: pytest.Mon
     """What hides keys, and experts with biases: traced, but not made into C++, which takes longer than all else."""
     monkeypatch.setattr("zoo.compiled.OPTIONS", {"fullgraph": True, "backend": "eager"})
     model = small(name)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)  # biases and sinks as well
     step, tokens = CompiledStep(model), torch.randint(64, (1, 270))
     caches = [model.new_cache(1, 280) for _ in range(2)]
     with torch.inference_mode():
