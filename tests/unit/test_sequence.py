@@ -57,7 +57,8 @@ def test_padding_mask_is_the_rule(rows: list[list[bool]], past: int, new: int, w
 def test_documents_never_see_each_other(lengths: list[int], window: int | None) -> None:
     ids = torch.tensor([[d for d, n in enumerate(lengths) for _ in range(n)]])
     layout = sequence_layout(ids, **{**NONE, "document_ids": ids}).within(window)
-    assert torch.equal(layout.mask, brute_force(ids.tolist(), 0, window))
+    assert torch.equal(layout.visible, brute_force(ids.tolist(), 0, window))
+    assert (layout.mask is None) == (len(lengths) == 1 and (window is None or lengths[0] <= window))
     assert layout.positions.tolist() == [[i for n in lengths for i in range(n)]]
     assert layout.run_offsets.tolist() == [0, *torch.tensor(lengths).cumsum(0).tolist()]
 

@@ -189,7 +189,9 @@ def sequence_layout(
     (rows, new), device = input_ids.shape, input_ids.device
     if document_ids is not None:
         segments = document_ids if attention_mask is None else document_ids.masked_fill(attention_mask == 0, -1)
-        return SequenceLayout(rows, positions_in_runs(segments), past, segments, input_ids)
+        if not _plain(segments):
+            return SequenceLayout(rows, positions_in_runs(segments), past, segments, input_ids)
+        attention_mask = None
     if attention_mask is None and past_valid is None:
         positions = torch.arange(past, past + new, device=device)[None]
         return SequenceLayout(rows, positions, past, None, input_ids)
@@ -199,6 +201,14 @@ def sequence_layout(
         valid = torch.cat((earlier, valid), dim=1)
     positions = (valid.cumsum(1) - 1).clamp(min=0)[:, past:]
     return SequenceLayout(rows, positions, past, valid.long() - 1, input_ids)
+
+
+def _plain(segments: Tensor) -> bool:
+    """Whether every row is one document without padding, so that kernels for plain causality apply.
+
+    Asked on a CPU only: a GPU would have to be waited for.
+    """
+    return segments.device.type == "cpu" and bool((segments == segments[:, :1]).all() and (segments[:, 0] != -1).all())
 
 
 def tail(x: Tensor, last: int | None) -> Tensor:

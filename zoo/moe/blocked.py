@@ -11,7 +11,7 @@ Shapes: T tokens, K top-k, N = T·K routed rows, E experts, D model, F FFN.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,8 @@ from zoo.layers.ffn import Activation, gelu_tanh
 from zoo.moe.dispatch import assign
 from zoo.moe.router import RouterOutput
 
-BLOCK_ROWS = 512
-"""Rows of a block: enough for the cost of a call to vanish, few enough for their activations to stay in the cache."""
+BLOCK_NUMBERS = 2**20
+"""Numbers in use of a block: enough rows for the cost of a call to vanish, few enough to stay in the cache."""
 
 LARGE, SOME_ROWS = 900_000, range(8, 64)
 """Products of so many rows with matrices of at least ``LARGE`` numbers are made transposed, where MKL reads the matrix
@@ -99,19 +99,21 @@ def mix_blocked(
     gate_up: Tensor,
     down: Tensor,
     activation: Activation = F.silu,
-    block_rows: int = BLOCK_ROWS,
+    block_rows: int | None = None,
 ) -> Tensor:
     """Each token's sum of weight · expert(x) over its experts.
 
     Args:
         x: [T, D] fp32 or fp64. routing: of its tokens. gate_up: [E, 2, F, D]. down: [E, D, F].
-        activation: of the gate, one that has its derivative here. block_rows: as ``blocks_of``'s limit.
+        activation: of the gate, one that has its derivative here.
+        block_rows: as ``blocks_of``'s limit; by default for ``BLOCK_NUMBERS``.
 
     Returns:
         [T, D].
     """
     assignment = assign(routing)
-    gate, blocks = _GATES[activation], blocks_of(assignment.counts.tolist(), block_rows)
+    limit = block_rows or max(256, BLOCK_NUMBERS // (down.shape[1] + 3 * down.shape[2]))
+    gate, blocks = _GATES[activation], blocks_of(assignment.counts.tolist(), limit)
     leaves = (x, assignment.weight, gate_up, down)
     if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
         mixed: Tensor = _Mix.apply(*leaves, assignment.token, blocks, gate)
@@ -148,8 +150,8 @@ def blocks_of(counts: list[int], limit: int) -> list[Block]:
     return [*blocks, Block(slice(start, stop), experts, [counts[e] for e in experts])] if experts else blocks
 
 
-def _products(block: Block, rows: Tensor, weights: Tensor, out: Tensor) -> None:
-    """out = rows · weights of its expert. rows: [n, I] of ``block``. weights: [E, I, O]. out: [n, O]."""
+def _products(block: Block, rows: Tensor, weights: Sequence[Tensor], out: Tensor) -> None:
+    """out = rows · weights of its expert. rows: [n, I] of ``block``. weights: E of [I, O]. out: [n, O]."""
     large = weights[0].numel() >= LARGE
     for expert, x, y in zip(block.experts, rows.split(block.sizes), out.split(block.sizes), strict=True):
         if large and len(x) in SOME_ROWS:
@@ -158,8 +160,8 @@ def _products(block: Block, rows: Tensor, weights: Tensor, out: Tensor) -> None:
             torch.mm(x, weights[expert], out=y)
 
 
-def _outer_products(block: Block, left: Tensor, right: Tensor, out: Tensor) -> None:
-    """out[e] = leftᵀ · right over the rows of expert e. left: [n, O] of ``block``. right: [n, I]. out: [E, O, I]."""
+def _outer_products(block: Block, left: Tensor, right: Tensor, out: Sequence[Tensor]) -> None:
+    """out[e] = leftᵀ · right over the rows of expert e. left: [n, O] of ``block``. right: [n, I]. out: E of [O, I]."""
     for expert, x, y in zip(block.experts, left.split(block.sizes), right.split(block.sizes), strict=True):
         torch.mm(x.t(), y, out=out[expert])
 
@@ -176,7 +178,7 @@ def _forward(
 ) -> Tensor:
     """The sum [T, D]; pre-activations are written to ``kept`` [N, 2F] where it is given."""
     width, size = down.shape[2], max(map(len, blocks), default=0)
-    up_weights, down_weights = gate_up.flatten(1, 2).mT, down.mT
+    up_weights, down_weights = gate_up.flatten(1, 2).mT.unbind(), down.mT.unbind()
     out = torch.zeros_like(x)
     row_buffer, inner_buffer = x.new_empty(size, x.shape[1]), x.new_empty(size, width)
     both_buffer = x.new_empty(size, 2 * width) if kept is None else kept
@@ -217,12 +219,14 @@ class _Mix(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, gate_up, down, token, kept = ctx.saved_tensors
         width, size = down.shape[2], max(map(len, ctx.blocks), default=0)
-        up_weights = gate_up.flatten(1, 2)
+        up_weights, down_weights = gate_up.flatten(1, 2).unbind(), down.unbind()
         of_x, _, of_gate_up, of_down = ctx.needs_input_grad[:4]
         d_x, d_weight = torch.zeros_like(x) if of_x else None, torch.empty_like(weight)
         # No memory for the gradient of experts that are frozen.
-        d_up_weights = torch.empty_like(up_weights) if of_gate_up else None
+        d_gate_up = torch.empty_like(gate_up) if of_gate_up else None
         d_down = torch.empty_like(down) if of_down else None
+        d_up_weights = None if d_gate_up is None else d_gate_up.flatten(1, 2).unbind()
+        d_down_weights = None if d_down is None else d_down.unbind()
         row_buffer, inner_buffer = x.new_empty(size, x.shape[1]), x.new_empty(size, width)
         both_buffer = x.new_empty(size, 2 * width)
         for block in ctx.blocks:
@@ -232,13 +236,13 @@ class _Mix(torch.autograd.Function):
             rows = torch.index_select(gradient, 0, tokens, out=row_buffer[:n])
             d_inner, d_both = inner_buffer[:n], both_buffer[:n]
             d_gate, d_up = d_both.chunk(2, dim=1)
-            _products(block, rows, down, d_inner)
+            _products(block, rows, down_weights, d_inner)
             ctx.gate.forward(gate, d_up)
             # The place of the gate's gradient holds the inner activations until that is known.
             inner = torch.mul(d_up, up, out=d_gate)
             torch.sum(inner * d_inner, dim=1, out=d_weight[block.rows])
-            if d_down is not None:
-                _outer_products(block, rows, inner.mul_(w), d_down)
+            if d_down_weights is not None:
+                _outer_products(block, rows, inner.mul_(w), d_down_weights)
             d_up.mul_(d_inner.mul_(w))
             ctx.gate.backward(d_inner.mul_(up), gate, d_gate)
             if d_up_weights is not None:
@@ -249,8 +253,7 @@ class _Mix(torch.autograd.Function):
                 d_x.index_add_(0, tokens, rows)
         busy = {expert for block in ctx.blocks for expert in block.experts}
         for expert in set(range(len(down))) - busy:
-            for d_weights in (d_up_weights, d_down):
-                if d_weights is not None:
-                    d_weights[expert].zero_()
-        d_gate_up = None if d_up_weights is None else d_up_weights.view(gate_up.shape)
+            for of_experts in (d_up_weights, d_down_weights):
+                if of_experts is not None:
+                    of_experts[expert].zero_()
         return d_x, d_weight, d_gate_up, d_down, None, None, None
