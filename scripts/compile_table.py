@@ -26,6 +26,7 @@ from zoo.bench.timing import interleaved
 from zoo.compiled import CompiledStep
 from zoo.generation import generate
 from zoo.model import Decoder, build
+from zoo.parallel.apply import moe_layers, replace_forward
 
 
 def main() -> None:
@@ -52,24 +53,28 @@ def decode(rounds: int) -> None:
 
 
 def train(rounds: int) -> None:
-    """Steps of ``zoo bench train``'s models, blocks compiled as ``parallel.compile_backend: inductor`` has them."""
+    """Steps of ``zoo bench train``'s models, blocks compiled as ``parallel.compile_backend: inductor`` has them.
+
+    Then once more with MoE layers left out of the graphs, so that they are computed as without a compiler.
+    """
     options = Options(rounds=rounds)
     for spec in (training.mixtral(), training.deepseek(), training.qwen()):
         tokens = torch.randint(spec.model.vocab_size, (8, 257))
-        ways: dict[str, Callable[[], None]] = {"eager": training._zoo(spec, tokens, options).step}
-        learner = training._zoo(spec, tokens, options)
-        assert isinstance(learner.model, Decoder)
-        for block in learner.model.layers:
-            block.compile(backend="inductor")
-        start = time.perf_counter()
-        learner.step()
-        seconds = time.perf_counter() - start
-        ways["compiled"] = learner.step
-        before = counters["stats"]["unique_graphs"]
-        show(spec.name, seconds, ways, rounds, 8 * 256)
-        again = counters["stats"]["unique_graphs"] - before
-        reasons = ", ".join(sorted({str(reason).partition("\n")[0] for reason in counters["graph_break"]}))
-        print(f"  compiled again in later steps: {again}; graph breaks: {reasons or 'none'}", flush=True)
+        for part in ("whole blocks", "all but MoE layers"):
+            learner = training._zoo(spec, tokens, options)
+            assert isinstance(learner.model, Decoder)
+            if part != "whole blocks":
+                for _, moe in moe_layers(learner.model):
+                    replace_forward(moe, torch.compiler.disable(moe.forward))
+            for block in learner.model.layers:
+                block.compile(backend="inductor")
+            start = time.perf_counter()
+            learner.step()
+            seconds = time.perf_counter() - start
+            graphs = counters["stats"]["unique_graphs"]
+            ways = {"eager": training._zoo(spec, tokens, options).step, "compiled": learner.step}
+            show(f"{spec.name}, {part}", seconds, ways, rounds, 8 * 256)
+            print(f"  graphs compiled in later steps: {counters['stats']['unique_graphs'] - graphs}", flush=True)
 
 
 def show(name: str, seconds: float, ways: dict[str, Callable[[], object]], rounds: int, tokens: int) -> None:
