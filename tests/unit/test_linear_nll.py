@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.bench.memory import peak_bytes
 from zoo.layers import linear_nll as module
-from zoo.layers.linear_nll import linear_nll
+from zoo.layers.linear_nll import linear_nll, whole_nll
 
 T, D, V = 50, 16, 33
 
@@ -45,10 +45,11 @@ def gradients(loss: Callable[..., Tensor], *args: Any, **more: Any) -> tuple[Ten
 
 @pytest.mark.parametrize("ignored", [[], [0, 7, 8, 49], range(8, 16), range(T)], ids=["none", "few", "chunk", "all"])
 @pytest.mark.parametrize("scaling", [{}, {"cap": 2.0}, {"multiplier": 0.3}, {"cap": 5.0, "multiplier": 3.0}])
-def test_equals_cross_entropy(ignored: list[int], scaling: dict[str, float]) -> None:
+@pytest.mark.parametrize("loss", [linear_nll, whole_nll])
+def test_equals_cross_entropy(loss: Callable[..., Tensor], ignored: list[int], scaling: dict[str, float]) -> None:
     hidden, weight, labels = inputs()
     labels[list(ignored)] = -100
-    found, expected = (gradients(loss, hidden, weight, labels, **scaling) for loss in (linear_nll, plain))
+    found, expected = (gradients(way, hidden, weight, labels, **scaling) for way in (loss, plain))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -61,11 +62,14 @@ def test_large_logits_stay_finite() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
-def test_rounding_is_that_of_the_dtype(dtype: torch.dtype, autocast: torch.dtype | None) -> None:
+@pytest.mark.parametrize("loss", [linear_nll, whole_nll])
+def test_rounding_is_that_of_the_dtype(
+    loss: Callable[..., Tensor], dtype: torch.dtype, autocast: torch.dtype | None
+) -> None:
     exact = gradients(plain, *inputs())
     hidden, weight, labels = inputs(dtype)
     with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-        found = gradients(linear_nll, hidden, weight, labels)
+        found = gradients(loss, hidden, weight, labels)
         theirs = gradients(plain, hidden, weight, labels)
     assert found[0].dtype == torch.float32
     for a, b, c in zip(found, theirs, exact, strict=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -18,6 +19,9 @@ CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 27}
 """Logits that are there at a time: as many as stay in a core's cache, or as fill a GPU; 512 MiB in fp32 there."""
 MIN_CHUNK_TOKENS = 128
 """Fewer make the products slow, however large the vocabulary."""
+WHOLE_LOGITS = 1 << 24
+"""Up to so many logits a GPU makes at once: 64 MiB in fp32, and less than half the time of one chunk's many kernels
+(docs/performance.md, "Cross-entropy on a GPU")."""
 
 
 def linear_nll(
@@ -40,8 +44,33 @@ def linear_nll(
     Returns:
         Nats; scalar in fp32, or in fp64 of fp64. Differentiable once.
     """
+    if hidden.is_cuda and len(hidden) * len(weight) <= WHOLE_LOGITS:
+        return whole_nll(hidden, weight, labels, multiplier=multiplier, cap=cap)
     out: Tensor = _LinearNLL.apply(hidden, weight, labels, multiplier, cap, torch.is_grad_enabled())
     return out
+
+
+def whole_nll(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, multiplier: float = 1.0, cap: float | None = None
+) -> Tensor:
+    """Arguments and result as ``linear_nll``, by torch's own loss on all logits at once."""
+    dtype = _product_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = F.linear(hidden.to(dtype), weight.to(dtype)).to(torch.promote_types(dtype, torch.float32))
+        if multiplier != 1:
+            logits = logits * multiplier
+        if cap is not None:
+            logits = cap * (logits / cap).tanh()
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    """That of autocast, or of ``hidden``."""
+    device, dtype = hidden.device.type, hidden.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    # Many probabilities of a large vocabulary are below the least of fp16.
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def chunk_tokens(vocab_size: int, device: str) -> int:
@@ -61,11 +90,7 @@ class _LinearNLL(torch.autograd.Function):
         with_grad: bool,  # grad mode is off in here, and needs_input_grad does not know of it
     ) -> Tensor:
         device = hidden.device.type
-        dtype = hidden.dtype
-        if torch.is_autocast_enabled(device) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
-        if dtype == torch.float16:
-            dtype = torch.float32  # many probabilities of a large vocabulary are below the least of fp16
+        dtype = _product_dtype(hidden)
         wide = torch.promote_types(dtype, torch.float32)
         of_hidden, of_weight = (with_grad and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if of_hidden else None
