@@ -106,8 +106,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="compile the step of a token first, with g++ (up to a minute; seconds the next time): 2.5 times the "
-        "tokens/s of a tiny model on a CPU; several prompts go one by one",
+        help="compile the step of a token first, with g++ (up to a minute; seconds the next time): twice the "
+        "tokens/s of a small model on a CPU; several prompts go one by one",
     )
     parser.add_argument("--device", metavar="DEVICE", help="such as cuda; the GPU by default if there is one")
     parser.add_argument(
