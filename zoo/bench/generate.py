@@ -1,5 +1,7 @@
 """Greedy generation: a whole model's tokens beside ``transformers.generate`` and beside reading its weights.
 
+Ours step by step, and with the step compiled before its time is taken.
+
 Shapes: B batch, S tokens of the prompt, D model, V vocabulary.
 """
 
@@ -18,8 +20,9 @@ from zoo.accounting import cache_elements_per_token, count_parameters
 from zoo.bench.peers import EXPERTS, exported, in_transformers
 from zoo.bench.rows import LIMIT, OURS, Options, Row
 from zoo.bench.timing import interleaved
+from zoo.compiled import CompiledStep
 from zoo.config import AttentionConfig, MLAConfig, ModelSpec
-from zoo.generation import generate
+from zoo.generation import decode_step, generate
 from zoo.model import Decoder, build
 from zoo.quantize import held_bytes, quantize
 from zoo.registry import find_spec
@@ -39,8 +42,10 @@ TIE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 def rows(options: Options) -> Iterator[Row]:
     """Seconds for ``NEW`` tokens of every case that ``options`` asks for."""
     for name, spec in _specs().items():
-        cases = {batch: f"{name}, batch {batch}" for batch in BATCHES}
-        wanted = {batch: case for batch, case in cases.items() if options.wants(case)}
+        cases = {(batch, False): f"{name}, batch {batch}" for batch in BATCHES}
+        if options.device == "cpu":
+            cases[1, True] = f"{name}, compiled, batch 1"
+        wanted = {way: case for way, case in cases.items() if options.wants(case)}
         rounded = {kind: f"{name}, {kind}, batch 1" for kind in KINDS if name == ROUNDED and options.device == "cpu"}
         rounded = {kind: case for kind, case in rounded.items() if options.wants(case)}
         if wanted or rounded:
@@ -48,16 +53,17 @@ def rows(options: Options) -> Iterator[Row]:
         if wanted:
             with exported(ours, spec) as published:
                 theirs = in_transformers(published, options)
-            for batch, case in wanted.items():
-                yield _row(case, ours, theirs, batch, options)
+            for (batch, compiled), case in wanted.items():
+                yield _row(case, ours, theirs, batch, compiled, options)
             del theirs
         for kind, case in rounded.items():
             yield _rounded_row(case, kind, ours, options)
 
 
-def _row(case: str, ours: Decoder, theirs: PreTrainedModel, batch: int, options: Options) -> Row:
+def _row(case: str, ours: Decoder, theirs: PreTrainedModel, batch: int, compiled: bool, options: Options) -> Row:
     ids = _prompts(ours, batch, options)
-    ways: dict[str, Callable[[], Any]] = {OURS: partial(generate, ours, ids, max_new_tokens=NEW)}
+    step = CompiledStep(ours) if compiled else decode_step
+    ways: dict[str, Callable[[], Any]] = {OURS: partial(generate, ours, ids, max_new_tokens=NEW, step=step)}
     for experts in EXPERTS:
         ways[f"transformers {experts}"] = partial(_their_tokens, theirs, experts, ids)
     expected = ways[OURS]()
