@@ -6,6 +6,7 @@ Shapes: T tokens, D model, E experts, K top-k.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,7 +65,9 @@ class Router(nn.Module):
     def forward(self, x: Tensor, layout: SequenceLayout | None = None) -> RouterOutput:
         """x [T, D], the T tokens of ``layout``, or of one sequence → RouterOutput."""
         c = self.config
-        with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        # Where there is no autocast, leaving it takes longer than the products of a token.
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             exact = torch.promote_types(x.dtype, torch.float32)
             logits = self.logits(x.to(exact))
             scores = logits.softmax(dim=-1) if c.score_func == "softmax" else logits.sigmoid()
@@ -88,7 +91,9 @@ class Router(nn.Module):
         if self.config.norm_topk_prob:
             # Sigmoid scores may all underflow; softmax ones are untouched by 1e-20 in fp32.
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return RouterOutput(logits, scores, weights * self.config.routed_scaling_factor, experts)
+        if self.config.routed_scaling_factor != 1:
+            weights = weights * self.config.routed_scaling_factor
+        return RouterOutput(logits, scores, weights, experts)
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, D] in the dtype of the result → [T, E]."""
