@@ -30,10 +30,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, scale: float
         # The heads of a group become rows of one query matrix: keys and values are read once for all of them.
         rows = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
         return F.scaled_dot_product_attention(rows, k, v, attn_mask=layout.mask, scale=scale).flatten(1, 2).unsqueeze(1)
+    size = v.shape[-1]
+    if size < q.shape[-1] and not q.is_cuda:
+        # The CPU's kernel that never writes out the scores takes values of the keys' size only.
+        v = F.pad(v, (0, q.shape[-1] - size))
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=layout.mask, is_causal=layout.is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
-    return out.transpose(1, 2)
+    return out[..., :size].transpose(1, 2)
 
 
 def attend_softcapped(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, scale: float, softcap: float) -> Tensor:
