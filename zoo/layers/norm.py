@@ -1,10 +1,19 @@
-"""Normalisation of vectors to equal size."""
+"""Normalisation of vectors to equal size.
+
+Shapes: D numbers of a vector.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+MANY_NUMBERS = 1 << 14
+"""From so many on ``fused_rms_norm`` is the faster on a CPU; fewer take as long as the calls do."""
 
 
 class RMSNorm(nn.Module):
@@ -19,6 +28,8 @@ class RMSNorm(nn.Module):
         """x [..., size] → the same shape and dtype."""
         # torch accumulates in fp32 for half precision and rounds once, at the end. Under autocast x may be narrower
         # than the weight: it is widened, not the weight rounded.
+        if fused_applies(x, self.weight):
+            return fused_rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
@@ -55,3 +66,59 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., size] → the same shape and dtype."""
         return F.layer_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, None, self.eps).to(x.dtype)
+
+
+def fused_applies(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``fused_rms_norm`` is the way: much on a CPU, in fp32 or fp64 throughout, eagerly, by no subclass."""
+    return (
+        x.numel() >= MANY_NUMBERS
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and x.dtype in (torch.float32, torch.float64)
+        and type(x) is Tensor
+        and type(weight) in (Tensor, nn.Parameter)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def fused_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``F.rms_norm`` with a third of the passes over memory, of which torch's makes a dozen on a CPU.
+
+    Args:
+        x: [..., D]. weight: [D] of the same dtype. eps: added to the mean square.
+
+    Returns:
+        [..., D]. Differentiable once.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        out: Tensor = _RMSNorm.apply(x, weight, eps)
+        return out
+    return (x * _inverse_size(x, eps)).mul_(weight)
+
+
+def _inverse_size(x: Tensor, eps: float) -> Tensor:
+    """[..., D] → [..., 1], 1 / sqrt(mean(x²) + eps)."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With r = 1 / sqrt(mean(x²) + eps) and the gradient g: dx = r·g·w − x·(r³/D)·Σ g·x·w, and dw = Σ r·g·x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        inverse = _inverse_size(x, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        of_x, of_weight, _ = ctx.needs_input_grad
+        size = x.shape[-1]
+        products = (gradient * x).reshape(-1, size)
+        d_weight = torch.mv(products.t(), inverse.flatten()) if of_weight else None
+        if not of_x:
+            return None, d_weight, None
+        along = torch.mv(products, weight).view_as(inverse).mul_(inverse.pow(3)).div_(-size)
+        return (gradient * weight).mul_(inverse).addcmul_(x, along), d_weight, None
