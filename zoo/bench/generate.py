@@ -1,4 +1,4 @@
-"""Greedy generation: a whole model's tokens beside ``transformers.generate`` and beside reading its weights.
+"""Greedy generation: a whole model's tokens beside transformers and litgpt, and beside reading its weights.
 
 Ours step by step, and with the step compiled before its time is taken.
 
@@ -8,16 +8,16 @@ Shapes: B batch, S tokens of the prompt, D model, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoo.accounting import cache_elements_per_token, count_parameters
-from zoo.bench.peers import EXPERTS, exported, in_transformers
+from zoo.bench.peers import EXPERTS, exported, in_litgpt, in_transformers
 from zoo.bench.rows import LIMIT, OURS, Options, Row
 from zoo.bench.timing import interleaved
 from zoo.compiled import CompiledStep
@@ -26,9 +26,6 @@ from zoo.generation import decode_step, generate
 from zoo.model import Decoder, build
 from zoo.quantize import held_bytes, quantize
 from zoo.registry import find_spec
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PROMPT, NEW = 32, 128
 """Tokens of a prompt and of its continuation."""
@@ -52,20 +49,29 @@ def rows(options: Options) -> Iterator[Row]:
             ours = build(spec.model, dtype=options.dtype, device=options.device).eval()
         if wanted:
             with exported(ours, spec) as published:
-                theirs = in_transformers(published, options)
+                theirs, lit = in_transformers(published, options), in_litgpt(published, spec, options)
             for (batch, compiled), case in wanted.items():
-                yield _row(case, ours, theirs, batch, compiled, options)
-            del theirs
+                ids = _prompts(ours, batch, options)
+                peers = {f"transformers {experts}": partial(_their_tokens, theirs, experts, ids) for experts in EXPERTS}
+                if lit is not None and batch == 1:
+                    peers["litgpt"] = partial(_litgpt_tokens, lit, ids)
+                yield _row(case, ours, peers, ids, compiled, options)
+            del theirs, lit
         for kind, case in rounded.items():
             yield _rounded_row(case, kind, ours, options)
 
 
-def _row(case: str, ours: Decoder, theirs: PreTrainedModel, batch: int, compiled: bool, options: Options) -> Row:
-    ids = _prompts(ours, batch, options)
+def _row(
+    case: str,
+    ours: Decoder,
+    peers: Mapping[str, Callable[[], list[list[int]]]],
+    ids: Tensor,
+    compiled: bool,
+    options: Options,
+) -> Row:
+    batch = len(ids)
     step = CompiledStep(ours) if compiled else decode_step
-    ways: dict[str, Callable[[], Any]] = {OURS: partial(generate, ours, ids, max_new_tokens=NEW, step=step)}
-    for experts in EXPERTS:
-        ways[f"transformers {experts}"] = partial(_their_tokens, theirs, experts, ids)
+    ways: dict[str, Callable[[], Any]] = {OURS: partial(generate, ours, ids, max_new_tokens=NEW, step=step), **peers}
     expected = ways[OURS]()
     equal = [_check(ours, ids, expected, way(), name, TIE[options.dtype]) for name, way in ways.items()]
     if batch == 1:
@@ -114,6 +120,17 @@ def _their_tokens(model: Any, experts: str, ids: Tensor) -> list[list[int]]:
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     return made[:, PROMPT:].tolist()
+
+
+def _litgpt_tokens(model: Any, ids: Tensor) -> list[list[int]]:
+    """``NEW`` tokens of one prompt [1, S] by litgpt's own loop."""
+    from litgpt.generate.base import generate as continued
+
+    model.max_seq_length = PROMPT + NEW
+    model.set_kv_cache(1, device=ids.device, dtype=model.lm_head.weight.dtype)
+    with torch.inference_mode():
+        made = continued(model, ids[0], PROMPT + NEW, temperature=0.0, include_prompt=False)
+    return [made.tolist()]
 
 
 def _check(model: Decoder, ids: Tensor, ours: list[list[int]], theirs: list[list[int]], way: str, tie: float) -> bool:

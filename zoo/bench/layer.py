@@ -1,4 +1,4 @@
-"""One MoE layer: router, experts, shared experts, of ours and of transformers with each way of computing experts.
+"""One MoE layer, with router and shared experts: ours, litgpt's, transformers' with each way of computing experts.
 
 Over many tokens the limit is a dense SwiGLU with the same active FLOPs; over few, reading the weights that they touch,
 each once. Memory is what a call needs at its peak without the gradients of the weights, which every way has to make.
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.bench.memory import peak_bytes
-from zoo.bench.peers import EXPERTS, GATHERED_BYTES, check_equal, exported, in_transformers
+from zoo.bench.peers import EXPERTS, GATHERED_BYTES, check_equal, exported, in_litgpt, in_transformers
 from zoo.bench.rows import LIMIT, OURS, Options, Row
 from zoo.bench.timing import interleaved
 from zoo.config import ModelSpec
@@ -143,7 +143,7 @@ def layers(shape: Shape, options: Options) -> tuple[MoE, dict[str, Layer]]:
     spec = shape.spec()
     ours, model = one_layer(shape, options)
     with exported(model, spec) as published:
-        whole = in_transformers(published, options)
+        whole, lit = in_transformers(published, options), in_litgpt(published, spec, options)
     theirs = whole.get_submodule("model.layers.0.mlp")
 
     def forward(way: str, x: Tensor) -> Tensor:
@@ -152,6 +152,9 @@ def layers(shape: Shape, options: Options) -> tuple[MoE, dict[str, Layer]]:
         return out[0] if isinstance(out, tuple) else out
 
     peers = {f"transformers {way}": Layer(partial(forward, way), theirs) for way in EXPERTS}
+    if lit is not None:
+        of_lit = lit.get_submodule("transformer.h.0.mlp")
+        peers["litgpt"] = Layer(of_lit, of_lit)
     return ours, {OURS: Layer(lambda x: ours(x)[0], ours), **peers}
 
 
