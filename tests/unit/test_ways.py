@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -16,7 +17,7 @@ from zoo.moe.clamped import WAYS as CLAMPED
 from zoo.moe.experts import OF_TOKENS, WAYS, Experts
 from zoo.moe.layer import MoE
 from zoo.moe.ungated import WAYS as UNGATED
-from zoo.moe.ways import TABLE, VARIABLE, Way, computed_as
+from zoo.moe.ways import TABLE, VARIABLE, Way, computed_as, ways_of_rows
 from zoo.registry import find_spec
 
 KINDS = ("mixtral-tiny", "deepseek-v3-tiny", "grok1-tiny", "gpt-oss-tiny", "glam-tiny")
@@ -73,6 +74,23 @@ def test_all_ways_compute_what_the_loop_does(name: str, tokens: int, grad: bool)
     for got in computed.values():
         for ours, theirs in zip(got, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("size", [4, 6, 8, 12])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_sizes_that_grouped_products_do_not_take_go_another_way(size: int, dtype: torch.dtype) -> None:
+    tiny = find_spec("mixtral-tiny").model
+    assert tiny.moe is not None
+    odd = replace(tiny, hidden_size=2 * size, num_layers=1, moe=replace(tiny.moe, moe_intermediate_size=size))
+    moe = layer(build(odd, dtype=dtype))
+    for tokens in (3, 40):
+        x = torch.randn(1, tokens, 2 * size, dtype=dtype)
+        for grad in (False, True):
+            for ours, theirs in zip(result(moe, x, None, grad), result(moe, x, "loop", grad), strict=True):
+                assert (ours - theirs).norm() <= 64 * torch.finfo(dtype).eps * theirs.norm()
+    assert isinstance(moe.experts, Experts)
+    grouped = dtype != torch.float64 and size * dtype.itemsize % 16 == 0
+    assert ways_of_rows(x[0], moe.experts.down) == {"loop": True, "split": True, "grouped": grouped}
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, scale: float
         rows = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
         return F.scaled_dot_product_attention(rows, k, v, attn_mask=layout.mask, scale=scale).flatten(1, 2).unsqueeze(1)
     size = v.shape[-1]
-    if size < q.shape[-1] and not q.is_cuda:
+    if size < q.shape[-1] and q.device.type == "cpu" and torch.backends.cuda.flash_sdp_enabled():
         # The CPU's kernel that never writes out the scores takes values of the keys' size only.
         v = F.pad(v, (0, q.shape[-1] - size))
     out = F.scaled_dot_product_attention(

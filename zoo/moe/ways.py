@@ -107,9 +107,9 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def ways_of_rows(rows: Tensor, down: Tensor) -> dict[Way, bool]:
     """Which ways can compute sorted rows [N, D] of experts with ``down`` [E, D, F], whatever is between.
 
-    torch's grouped product takes no fp64; on CUDA it takes bf16 only, and rows of memory of whole 16 bytes.
+    torch's grouped product takes rows of memory of whole 16 bytes, and no fp64; on CUDA bf16 only.
     """
     dtype = product_dtype(rows)
-    whole = all(size % 8 == 0 for size in down.shape[1:])
-    grouped = dtype == torch.bfloat16 and whole if rows.is_cuda else dtype in (torch.float32, torch.bfloat16)
-    return {"loop": True, "split": True, "grouped": grouped}
+    whole = all(size * dtype.itemsize % 16 == 0 for size in down.shape[1:])
+    known = dtype == torch.bfloat16 or (dtype == torch.float32 and not rows.is_cuda)
+    return {"loop": True, "split": True, "grouped": whole and known}
