@@ -176,20 +176,14 @@ def saved_bytes(config: ModelConfig, ids: torch.Tensor) -> int:
     ["mixtral-tiny", "deepseek-v3-tiny", "qwen2-moe-tiny", "qwen3-moe-tiny", "olmoe-tiny", "llama-tiny", "olmo2-tiny"],
 )
 def test_activations_are_what_autograd_saves(name: str) -> None:
-    """In fp32 on one process, within 3%; the CPU's norms, which are not fused, save their normalised input as well."""
+    """In fp32 on one process, within 3%."""
     config = model_of(name)
-    latents = 0
-    if config.mla:  # the CPU has no flash kernel for values of another size than keys
+    if config.mla:  # the CPU's flash kernel is given values of the keys' size
         mla = dataclasses.replace(config.mla, v_head_dim=config.mla.qk_nope_head_dim + config.mla.qk_rope_head_dim)
         config = dataclasses.replace(config, mla=mla)
-        latents = mla.kv_lora_rank + (mla.q_lora_rank or 0)
-    elif config.attention.qk_norm:
-        latents = (config.attention.num_heads + config.attention.num_kv_heads) * config.attention.head_dim
-    layers, width = config.num_layers, config.hidden_size
-    blocks = sum(block_activations(config, layer, 4, MeshSizes()).whole for layer in range(layers))
-    normalised = 4 * ((2 * layers + 1) * width + layers * latents)
-    ids = torch.randint(config.vocab_size, (2, 128))
-    expected = ids.numel() * (blocks + 4 * 2 * width + 4 + normalised)
+    blocks = sum(block_activations(config, layer, 4, MeshSizes()).whole for layer in range(config.num_layers))
+    ids = torch.randint(config.vocab_size, (4, 256))  # enough for the norms that save as those of a GPU do
+    expected = ids.numel() * (blocks + 4 * 2 * config.hidden_size + 4)
     assert saved_bytes(config, ids) == pytest.approx(expected, rel=0.03)
 
 
