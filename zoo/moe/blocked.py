@@ -27,9 +27,9 @@ from zoo.moe.router import RouterOutput
 BLOCK_NUMBERS = 2**20
 """Numbers in use of a block: enough rows for the cost of a call to vanish, few enough to stay in the cache."""
 
-LARGE, SOME_ROWS = 900_000, range(8, 64)
+LARGE, SOME_ROWS = 900_000, range(8, 24)
 """Products of so many rows with matrices of at least ``LARGE`` numbers are made transposed, where MKL reads the matrix
-at up to one and a half times the speed: with fewer rows, more, or smaller matrices it is the slower."""
+at up to one and a half times the speed; with fewer rows or smaller matrices it is slower (products_table.py)."""
 
 _aten = torch.ops.aten
 
