@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.layers.ffn import Activation
 from zoo.model import build
-from zoo.moe.blocked import blocks_of, mix_blocked, mix_one
+from zoo.moe.blocked import LARGE, SOME_ROWS, blocks_of, mix_blocked, mix_one
 from zoo.moe.dispatch import LocalDispatcher
 from zoo.moe.experts import Experts, GEGLUExperts, experts_loop
 from zoo.moe.layer import MoE
@@ -77,6 +77,22 @@ def test_one_token_is_computed_without_sorting(experts: type[Experts]) -> None:
     with torch.no_grad():
         out = mix_one(x, routing, *weights, experts.activation)
     torch.testing.assert_close(out, by_the_loop(x, routing, *weights, experts.activation), rtol=1e-12, atol=1e-12)
+
+
+def test_products_that_are_made_transposed_are_the_same() -> None:
+    torch.manual_seed(0)
+    width, size = 480, 960
+    assert 2 * width * size >= LARGE
+    shapes = ((12, size), (2, 2, width, size), (2, size, width))
+    x, gate_up, down = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    experts = torch.tensor([[0]] * 9 + [[1]] * 3)  # of many enough rows, and of too few
+    assert 9 in SOME_ROWS and 3 not in SOME_ROWS
+    scores = torch.rand(12, 2, dtype=torch.float64)
+    routing = RouterOutput(scores, scores, scores[:, :1], experts)
+    outs = (way(x, routing, gate_up, down, Experts.activation) for way in (mix_blocked, by_the_loop))
+    found, expected = ((out, *torch.autograd.grad(out.sum(), (x, gate_up, down))) for out in outs)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 @settings(max_examples=100, deadline=None)
