@@ -79,6 +79,26 @@ def test_one_token_is_computed_without_sorting(experts: type[Experts]) -> None:
     torch.testing.assert_close(out, by_the_loop(x, routing, *weights, experts.activation), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+def test_one_token_in_bf16_is_summed_in_fp32(top_k: int) -> None:
+    torch.manual_seed(top_k)
+    exact_x, exact = routed(1, 9, top_k)
+    exact_weights = parameters(9)
+    expected = by_the_loop(exact_x, exact, *exact_weights, Experts.activation)
+    x, gate_up, down = (tensor.detach().bfloat16() for tensor in (exact_x, *exact_weights))
+    weights = exact.weights.detach().float()
+    with torch.no_grad():
+
+        def mixed(weights: Tensor, experts: Tensor) -> Tensor:
+            return mix_one(x, RouterOutput(weights, weights, weights, experts), gate_up, down, Experts.activation)
+
+        out = mixed(weights, exact.experts)
+        each = [mixed(torch.ones(1, 1), expert[None]) for expert in exact.experts.T]
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, (weights @ torch.cat(each).float()).bfloat16())
+    assert (out - expected).norm() <= 4 * torch.finfo(torch.bfloat16).eps * expected.norm()
+
+
 def test_products_that_are_made_transposed_are_the_same() -> None:
     torch.manual_seed(0)
     width, size = 480, 960

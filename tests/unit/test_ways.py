@@ -90,12 +90,18 @@ def test_sizes_that_grouped_products_do_not_take_go_another_way(size: int, dtype
                 assert (ours - theirs).norm() <= 64 * torch.finfo(dtype).eps * theirs.norm()
     assert isinstance(moe.experts, Experts)
     grouped = dtype != torch.float64 and size * dtype.itemsize % 16 == 0
-    assert ways_of_rows(x[0], moe.experts.down) == {"loop": True, "split": True, "grouped": grouped}
+    able = {way: able() for way, able in ways_of_rows(x[0], moe.experts.down).items()}
+    assert able == {"loop": True, "split": True, "grouped": grouped}
 
 
 @pytest.mark.parametrize(
     ("way", "tokens", "dtype"),
-    [("blocked", 4, torch.bfloat16), ("single", 2, torch.float32), ("few", 40, torch.float32)],
+    [
+        ("blocked", 4, torch.bfloat16),
+        ("few", 4, torch.bfloat16),
+        ("single", 2, torch.float32),
+        ("few", 40, torch.float32),
+    ],
 )
 def test_a_way_that_cannot_compute_this_is_refused_by_name(way: Way, tokens: int, dtype: torch.dtype) -> None:
     moe = layer(model("mixtral-tiny", dtype))

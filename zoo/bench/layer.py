@@ -9,6 +9,7 @@ Shapes: T tokens, D model, F FFN, E experts, K top-k.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
@@ -26,6 +27,7 @@ from zoo.layers.ffn import SwiGLU
 from zoo.model import Decoder, build
 from zoo.moe.layer import MoE
 from zoo.registry import find_spec
+from zoo.training.memory import freed_memory_kept
 
 MANY = 2048
 FEW = (1, 8, 32)
@@ -117,8 +119,9 @@ def rows(options: Options) -> Iterator[Row]:
         wanted = {case: sizes for case, sizes in cases.items() if options.wants(case)}
         if wanted:
             ours, ways = layers(shape, options)
-            for case, (tokens, backward) in wanted.items():
-                yield measured(case, shape, ours, ways, tokens, backward, options)
+            with freed_memory_kept() if name in COST else nullcontext():  # as in training
+                for case, (tokens, backward) in wanted.items():
+                    yield measured(case, shape, ours, ways, tokens, backward, options)
 
 
 def few_and_many(name: str) -> dict[str, tuple[int, bool]]:

@@ -4,6 +4,9 @@ A step is forward, next-token loss, backward and fused AdamW on random tokens; o
 losses as well, as training logs them. The limit is our step of the dense model with the same FLOPs for a token. Memory
 is what a step needs beyond weights and the optimizer's state: activations, gradients, temporaries.
 
+``zoo fit`` has the process keep freed memory, and so have the cases of costs; in the others, which are about peers, the
+C library does as it does by default, because transformers has more to gain from that than ours.
+
 Shapes: B batch, S sequence, T = B·S tokens, D model, F FFN, N routed rows, V vocabulary.
 """
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,6 +32,7 @@ from zoo.config import AttentionConfig, MLAConfig, ModelSpec, MoEConfig, save_sp
 from zoo.harness.match import dense_config, derived
 from zoo.model import Decoder
 from zoo.registry import find_spec
+from zoo.training.memory import freed_memory_kept
 from zoo.training.module import ZooModule
 from zoo.training.optim import OptimizerConfig, ScheduleConfig, build_optimizer
 
@@ -56,7 +61,8 @@ def rows(options: Options) -> Iterator[Row]:
     """Seconds of a step of every case that ``options`` asks for."""
     for case in cases():
         if options.wants(case.name):
-            yield measured(case, options)
+            with nullcontext() if case.sweep is None else freed_memory_kept():
+                yield measured(case, options)
 
 
 def cases() -> Iterator[Case]:

@@ -196,7 +196,9 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor | None) -> Tensor:
     """x [N, i] times weight [o, i], or, of rows sorted by expert, times that of their own in [E, o, i] → [N, o]."""
     if counts is None:
         return F.linear(x, weight)
-    if choose(x, weight, {**ways_of_rows(x, weight), "loop": False}) == "grouped":
+    able = ways_of_rows(x, weight)
+    del able["loop"]
+    if choose(x, weight, able) == "grouped":
         x, weight = as_autocast(x, weight)
         return F.grouped_mm(x, weight.mT, offs=counts.cumsum(0).to(torch.int32))
     # unbind and not indexing: the backward of indexing writes a whole [E, …] gradient for every expert.

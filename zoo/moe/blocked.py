@@ -69,18 +69,36 @@ def blocked_applies(x: Tensor, gate_up: Tensor, activation: Activation) -> bool:
 
 
 def mix_one(x: Tensor, routing: RouterOutput, gate_up: Tensor, down: Tensor, activation: Activation = F.silu) -> Tensor:
-    """``mix_blocked`` of a single token, as in decoding: nothing to sort, and each product adds to the sum itself.
+    """``mix_blocked`` without a backward pass, of a single token, as in decoding: nothing to sort, and vectors only.
 
-    Half of the calls of a block, which count beside the reading of a few experts' weights. x: [1, D].
+    Half of the calls of a block, which count beside the reading of a few experts' weights. Each product adds to the sum
+    itself, but in bf16, whose sum would be rounded K times. x: [1, D] in the dtype of the experts, any.
     """
-    up_weights, down_weights = gate_up.flatten(1, 2).mT, down.mT
-    experts = routing.experts[0].tolist()
-    gate, up = torch.cat([torch.mm(x, up_weights[expert]) for expert in experts]).chunk(2, dim=1)
-    inner = activation(gate) * up * routing.weights.mT
-    out = torch.zeros_like(x)
-    for expert, row in zip(experts, inner.split(1), strict=True):
-        out.addmm_(row, down_weights[expert])
-    return out
+    weights, (first, *others) = routing.weights, routing.experts[0].tolist()
+    up_weights, token = gate_up.flatten(1, 2), x[0]
+    both = torch.cat([torch.mv(up_weights[expert], token) for expert in (first, *others)])
+    gate, up = both.view(len(others) + 1, 2, -1).unbind(1)
+    inner = activation(gate) * up
+    if weights.dtype != x.dtype:
+        rows = [torch.mv(down[expert], row) for expert, row in zip((first, *others), inner.unbind(), strict=True)]
+        return torch.mm(weights, torch.stack(rows).to(weights.dtype)).to(x.dtype)
+    row, *rows = inner.mul_(weights.mT).unbind()
+    out = torch.mv(down[first], row)
+    for expert, row in zip(others, rows, strict=True):
+        out.addmv_(down[expert], row)
+    return out.unsqueeze(0)
+
+
+def one_applies(x: Tensor, gate_up: Tensor) -> bool:
+    """Whether ``mix_one`` can compute this: a token on the CPU in the experts' dtype, eagerly, without gradients."""
+    return (
+        len(x) == 1
+        and x.device.type == "cpu"
+        and x.dtype == gate_up.dtype
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
 
 
 def mix_few(x: Tensor, routing: RouterOutput, gate_up: Tensor, down: Tensor, activation: Activation = F.silu) -> Tensor:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.layers.ffn import Activation, gelu_tanh
-from zoo.moe.blocked import blocked_applies, mix_blocked, mix_few, mix_one
+from zoo.moe.blocked import blocked_applies, mix_blocked, mix_few, mix_one, one_applies
 from zoo.moe.router import RouterOutput
-from zoo.moe.ways import Way, choose, product_dtype, ways_of_rows
+from zoo.moe.ways import Way, choose, grouped_applies, product_dtype, ways_of_rows
 
 
 class StackedExperts(nn.Module, ABC):
@@ -70,10 +71,14 @@ class Experts(StackedExperts):
 
     def way(self, x: Tensor) -> Way:
         """How tokens x [T, D] are computed."""
-        blocked = blocked_applies(x, self.gate_up, self.activation)
-        ways, forward_only = ways_of_rows(x, self.down), blocked and not torch.is_grad_enabled()
-        few = forward_only and ways["grouped"] and len(x) <= len(self.down)
-        return choose(x, self.down, {**ways, "blocked": blocked, "few": few, "single": forward_only and len(x) == 1})
+        down, gate_up = self.down, self.gate_up
+        blocked = partial(blocked_applies, x, gate_up, self.activation)
+
+        def few() -> bool:
+            return len(x) <= len(down) and not torch.is_grad_enabled() and blocked() and grouped_applies(x, down)
+
+        one = partial(one_applies, x, gate_up)
+        return choose(x, down, {**ways_of_rows(x, down), "blocked": blocked, "few": few, "single": one})
 
     @property
     def weights(self) -> tuple[nn.Parameter, ...]:

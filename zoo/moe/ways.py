@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -52,39 +53,46 @@ _asked_for: list[str] = [os.environ[VARIABLE]] if os.environ.get(VARIABLE) else 
 """And by ``computed_as``, the innermost last."""
 
 
-def choose(x: Tensor, weight: Tensor, possible: Mapping[Way, bool]) -> Way:
+Able = Callable[[], bool]
+
+
+def choose(x: Tensor, weight: Tensor, able: Mapping[Way, Able]) -> Way:
     """The way to compute tokens or sorted rows x [rows, D] by experts one of whose matrices are ``weight`` [E, o, i].
 
     Args:
-        possible: way → whether it can compute these; ways that are missing cannot.
+        able: way → whether it can compute these, asked in the table's order; ways that are missing cannot.
 
     Raises:
         ValueError: another way was asked for, and is none or cannot compute these.
     """
     if _asked_for:
-        return _asked(_asked_for[-1], x, possible)
-    dtype = product_dtype(x)
+        return _asked(_asked_for[-1], x, able)
+    device = x.device.type
     for rule in TABLE:
         fits = (
-            rule.device in (None, x.device.type)
-            and (rule.dtypes is None or dtype in rule.dtypes)
+            rule.way in able
+            and rule.device in (None, device)
+            and (rule.dtypes is None or product_dtype(x) in rule.dtypes)
             and (not rule.fine or weight.shape[1] * weight.shape[2] < LARGE)
         )
-        if fits and possible.get(rule.way, False):
+        if fits and able[rule.way]():
             return rule.way
     raise AssertionError("every kind of experts can be computed by the last rule's way")
 
 
-def _asked(asked: str, x: Tensor, possible: Mapping[Way, bool]) -> Way:
-    for way in possible:
-        if way == asked and possible[way]:
+def _asked(asked: str, x: Tensor, able: Mapping[Way, Able]) -> Way:
+    ways = [way for way in able if able[way]()]
+    for way in ways:
+        if way == asked:
             return way
-    able = ", ".join(way for way in possible if possible[way])
+    names = ", ".join(ways)
     if asked not in get_args(Way):
-        raise ValueError(f"experts computed as {asked!r} ({VARIABLE}): no such way; give one of {able}, or none at all")
+        raise ValueError(
+            f"experts computed as {asked!r} ({VARIABLE}): no such way; give one of {names}, or none at all"
+        )
     raise ValueError(
         f"experts computed as {asked!r} ({VARIABLE}): it cannot compute {len(x)} rows of {product_dtype(x)} on "
-        f"{x.device} here; give one of {able}, or none at all"
+        f"{x.device} here; give one of {names}, or none at all"
     )
 
 
@@ -104,12 +112,17 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def ways_of_rows(rows: Tensor, down: Tensor) -> dict[Way, bool]:
-    """Which ways can compute sorted rows [N, D] of experts with ``down`` [E, D, F], whatever is between.
+def ways_of_rows(rows: Tensor, down: Tensor) -> dict[Way, Able]:
+    """Which ways can compute sorted rows [N, D] of experts with ``down`` [E, D, F], whatever is between."""
+    return {"loop": _always, "split": _always, "grouped": partial(grouped_applies, rows, down)}
 
-    torch's grouped product takes rows of memory of whole 16 bytes, and no fp64; on CUDA bf16 only.
-    """
+
+def _always() -> bool:
+    return True
+
+
+def grouped_applies(rows: Tensor, down: Tensor) -> bool:
+    """Whether torch's grouped product takes these: memory of whole 16 bytes, and no fp64; on CUDA bf16 only."""
     dtype = product_dtype(rows)
     whole = all(size * dtype.itemsize % 16 == 0 for size in down.shape[1:])
-    known = dtype == torch.bfloat16 or (dtype == torch.float32 and not rows.is_cuda)
-    return {"loop": True, "split": True, "grouped": whole and known}
+    return whole and (dtype == torch.bfloat16 or (dtype == torch.float32 and not rows.is_cuda))

@@ -26,6 +26,7 @@ from zoo.training.checkpoint import AtomicCheckpointIO, Checkpoint, RandomState
 from zoo.training.data import TokenDataModule
 from zoo.training.data.store import TOKENIZER_DIR
 from zoo.training.logs import ExpertLoad, MetricsLog, build_loggers
+from zoo.training.memory import freed_memory_kept
 from zoo.training.module import ZooModule
 from zoo.training.progress import TrainingProgress
 from zoo.training.routing_watch import RoutingWatch
@@ -211,7 +212,8 @@ def fit(argv: list[str]) -> int:
         run.record(cli.parser.dump(cli.config, skip_unset=False), cli.config.seed_everything, run.latest_step)
         print(f"resuming {run.path} after step {run.latest_step}" if latest else f"training in {run.path}", flush=True)
     try:
-        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=latest, weights_only=True)
+        with freed_memory_kept():
+            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=latest, weights_only=True)
     except SystemExit as stop:
         # Lightning turns Ctrl-C into an exit with status 1.
         if isinstance(stop.__context__, KeyboardInterrupt):
