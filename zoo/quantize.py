@@ -192,6 +192,8 @@ class QuantizedExperts(nn.Module):
 
     def forward(self, x: Tensor, routing: RouterOutput) -> Tensor:
         """x [T, D] → [T, D], each token's sum over its experts of weight · row."""
+        if len(x) == 1:
+            return self._one(x, routing)
         assignment, out = assign(routing), torch.zeros_like(x)
         start = 0
         for expert, count in enumerate(assignment.counts.tolist()):
@@ -203,6 +205,14 @@ class QuantizedExperts(nn.Module):
                 out.index_add_(0, token, weighted.to(x.dtype))
                 start += count
         return out
+
+    def _one(self, x: Tensor, routing: RouterOutput) -> Tensor:
+        """``forward`` of a single token: nothing to sort."""
+        experts, weights = routing.experts[0].tolist(), routing.weights
+        gate, up = torch.cat([self.gate_up.product(x, expert) for expert in experts]).chunk(2, dim=-1)
+        inner = (self.activation(gate) * up).split(1)
+        rows = torch.cat([self.down.product(row, expert) for row, expert in zip(inner, experts, strict=True)])
+        return torch.mm(weights, rows.to(weights.dtype)).to(x.dtype)
 
 
 @torch.no_grad()

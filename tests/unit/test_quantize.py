@@ -19,11 +19,14 @@ from torch import Tensor
 import zoo
 from zoo.cli.main import main
 from zoo.model import Decoder
+from zoo.moe.experts import Experts
+from zoo.moe.router import RouterOutput
 from zoo.quantize import (
     KINDS,
     DynamicInt8,
     Int4,
     Int8,
+    QuantizedExperts,
     QuantizedLinear,
     QuantizedWeight,
     held_bytes,
@@ -122,6 +125,26 @@ def test_a_trained_model_keeps_its_perplexity(name: str, kind: str, repository: 
     ids = torch.tensor([prompt + new for prompt, new in zip(prompts, drawn, strict=True)])
     for logits in (at_once, one_by_one):
         assert abs(nll(logits(rounded, ids), ids) - nll(logits(exact, ids), ids)) < PERPLEXITY[kind]
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_token_is_computed_as_among_others(kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    experts = Experts(6, 64, 96).to(dtype)
+    for weight in experts.weights:
+        torch.nn.init.normal_(weight)
+    held = QuantizedExperts(experts, KINDS[kind])
+    x, scores = torch.randn(3, 64).to(dtype), torch.rand(3, 6)
+    weights, chosen = scores.topk(2)
+    with torch.no_grad():
+        together = held(x, RouterOutput(scores, scores, weights, chosen))
+        alone = torch.cat(
+            [held(x[[t]], RouterOutput(*(f[[t]] for f in (scores, scores, weights, chosen)))) for t in range(3)]
+        )
+    torch.testing.assert_close(
+        alone, together, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps * float(together.abs().max())
+    )
 
 
 @pytest.mark.parametrize(("kind", "share"), [("int8", 0.26), ("int8-dynamic", 0.26), ("int4", 0.17)])
