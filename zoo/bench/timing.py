@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+FAR_BEHIND = 2.0
+"""A peer that takes so many times as long as the fastest is timed once and left out of the rounds."""
+
 
 def interleaved(
     ways: Mapping[str, Callable[[], object]], rounds: int, *, warmups: int = 1, repeat: int = 1
@@ -36,6 +39,17 @@ def interleaved(
             wait()
             times[name].append((time.perf_counter() - start) / repeat)
     return times
+
+
+def far_behind(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Of the seconds that each way took once, those of the ways that are certainly not the fastest."""
+    best = min(seconds.values(), default=0.0)
+    return {way: time for way, time in seconds.items() if time > FAR_BEHIND * best}
+
+
+def left_out(seconds: Mapping[str, float], what: str) -> str:
+    """A remark on ways that were not timed after they took so long for ``what``."""
+    return ", ".join(f"{way} left out after {what} of {time:.3g} s" for way, time in seconds.items())
 
 
 def wait() -> None:

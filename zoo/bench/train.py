@@ -13,7 +13,7 @@ Shapes: B batch, S sequence, T = B·S tokens, D model, F FFN, N routed rows, V v
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +27,7 @@ from zoo.accounting import count_parameters, training_flops
 from zoo.bench.memory import peak_bytes
 from zoo.bench.peers import EXPERTS, GATHERED_BYTES, check_equal, exported, in_litgpt, in_transformers
 from zoo.bench.rows import LIMIT, OURS, Options, Row
-from zoo.bench.timing import interleaved
+from zoo.bench.timing import far_behind, interleaved, left_out
 from zoo.config import AttentionConfig, MLAConfig, ModelSpec, MoEConfig, save_spec
 from zoo.harness.match import dense_config, derived
 from zoo.model import Decoder
@@ -41,8 +41,6 @@ TOKENS = 2048
 LENGTHS = (256, 1024)
 VOCABULARIES = (2048, 32768)
 SMALL = VOCABULARIES[0]
-FAR_BEHIND = 2.0
-"""A peer that takes so many times as long as the fastest is timed once and left out of the rounds."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +154,9 @@ def measured(case: Case, options: Options) -> Row:
         for mine, other in zip(expected, (learner.loss(), learner.logits()), strict=True):
             check_equal(case.name, way, mine, other, options.dtype)
     steps = {way: learner.step for way, learner in learners.items()}
-    left_out = _far_behind(steps)
-    steps = {way: step for way, step in steps.items() if way not in left_out}
+    once = {way: times[0] for way, times in interleaved(steps, 1).items()}
+    slow = far_behind({way: time for way, time in once.items() if way != OURS})
+    steps = {way: step for way, step in steps.items() if way not in slow}
     steps[LIMIT] = _zoo(dense(case), tokens, options).step
     seconds = interleaved(steps, options.rounds)
     peaks = {way: peak_bytes(step, options.device) for way, step in steps.items()}
@@ -166,8 +165,8 @@ def measured(case: Case, options: Options) -> Row:
         "parameters": count_parameters(model).total,
         "active_parameters": count_parameters(model).active,
         "flops": training_flops(model, case.length) * case.batch * case.length,
-        "left_out_seconds": left_out,
-        "remark": ", ".join(f"{way} left out after a step of {seconds:.3g} s" for way, seconds in left_out.items()),
+        "left_out_seconds": slow,
+        "remark": left_out(slow, "a step"),
         **({} if case.sweep is None else {"sweep": case.sweep[0], "value": case.sweep[1]}),
     }
     return Row("train", case.name, seconds, peaks, notes)
@@ -242,10 +241,3 @@ def _ways(case: Case) -> list[str]:
     weights = 3 * model.hidden_size * model.moe.moe_intermediate_size * torch.float32.itemsize
     fits = case.batch * case.length * model.moe.top_k * weights <= GATHERED_BYTES
     return [way for way in EXPERTS if way != "batched_mm" or fits]
-
-
-def _far_behind(steps: Mapping[str, Callable[[], None]]) -> dict[str, float]:
-    """Peers that are certainly not the best, with the seconds of a step."""
-    seconds = {way: times[0] for way, times in interleaved(steps, 1).items() if way != OURS}
-    best = min(seconds.values())
-    return {way: time for way, time in seconds.items() if time > FAR_BEHIND * best}
