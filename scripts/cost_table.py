@@ -55,11 +55,11 @@ def table(tokens: int, threads: int, rounds: int) -> None:
             )
             for of in ("step", "gradients")
         ]
-        step, of_gradients = (statistics.median(seconds[f"{experts} {of}"]) for of in ("step", "gradients"))
+        step, of_gradients = (1e3 * statistics.median(seconds[f"{experts} {of}"]) for of in ("step", "gradients"))
         total = count_parameters(train.mixtral(num_experts=experts).model).total
         print(
-            f"{tokens:6,} tokens, {experts:3} experts, {total / 1e6:4.0f}M parameters: step {step * 1e3:5.0f} ms, AdamW "
-            f"{(step - of_gradients) * 1e3:4.0f} ms; a token {ratios[0]:.2f}, without AdamW {ratios[1]:.2f}",
+            f"{tokens:6,} tokens, {experts:3} experts, {total / 1e6:4.0f}M parameters: step {step:5.0f} ms, AdamW "
+            f"{step - of_gradients:4.0f} ms; a token {ratios[0]:.2f}, without AdamW {ratios[1]:.2f}",
             flush=True,
         )
 
