@@ -5,7 +5,7 @@
 
 First, of each layer of `zoo bench layer`, GFLOP/s of the products of its experts over 2,048 tokens evenly routed, and
 of one product of a dense layer as wide as what a token goes through. Second, the time of a product of few rows over the
-time of the same made transposed, which `zoo.moe.blocked` decides by. One thread; medians of rounds in turn.
+time of the same made transposed, which `zoo.moe.blocked` decides by. Medians of rounds in turn.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ ROWS = (4, 8, 12, 16, 24, 32, 48, 64, 128)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     print("GFLOP/s                forward        backward                               dense")
     print("              rows     up    down     d inner   d down     d up      d x        up")

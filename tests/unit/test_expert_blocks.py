@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -99,6 +100,15 @@ def test_one_token_in_bf16_is_summed_in_fp32(top_k: int) -> None:
     assert (out - expected).norm() <= 4 * torch.finfo(torch.bfloat16).eps * expected.norm()
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_products_that_are_made_transposed_are_the_same() -> None:
     torch.manual_seed(0)
     width, size = 480, 960

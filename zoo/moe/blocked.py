@@ -28,8 +28,9 @@ BLOCK_NUMBERS = 2**20
 """Numbers in use of a block: enough rows for the cost of a call to vanish, few enough to stay in the cache."""
 
 LARGE, SOME_ROWS = 900_000, range(8, 24)
-"""Products of so many rows with matrices of at least ``LARGE`` numbers are made transposed, where MKL reads the matrix
-at up to one and a half times the speed; with fewer rows or smaller matrices it is slower (products_table.py)."""
+"""Products of so many rows with matrices of at least ``LARGE`` numbers for each thread are made transposed, where MKL
+reads the matrix at up to one and a half times the speed; with fewer rows or smaller matrices it is slower
+(products_table.py)."""
 
 _aten = torch.ops.aten
 
@@ -170,7 +171,7 @@ def blocks_of(counts: list[int], limit: int) -> list[Block]:
 
 def _products(block: Block, rows: Tensor, weights: Sequence[Tensor], out: Tensor) -> None:
     """out = rows · weights of its expert. rows: [n, I] of ``block``. weights: E of [I, O]. out: [n, O]."""
-    large = weights[0].numel() >= LARGE
+    large = weights[0].numel() >= LARGE * torch.get_num_threads()
     for expert, x, y in zip(block.experts, rows.split(block.sizes), out.split(block.sizes), strict=True):
         if large and len(x) in SOME_ROWS:
             y.copy_(torch.mm(weights[expert].mT, x.mT).mT)
