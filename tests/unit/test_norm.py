@@ -62,3 +62,6 @@ def test_a_module_computes_the_same_on_both_sides_of_the_bound(dtype: torch.dtyp
     assert fused_applies(x, norm.weight) == (dtype == torch.float32)
     assert not fused_applies(x[1:], norm.weight)
     torch.testing.assert_close(norm(x)[1:], norm(x[1:]))
+    with torch.no_grad():
+        assert fused_applies(x[1:], norm.weight) == (dtype == torch.float32)
+        torch.testing.assert_close(norm(x[1:]), F.rms_norm(x[1:], (64,), norm.weight, 1e-6))
