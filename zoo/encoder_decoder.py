@@ -17,6 +17,7 @@ from zoo.cache import Cache, LayerCache
 from zoo.encoder_decoder_config import EncoderDecoderConfig
 from zoo.layers.cross_attention import MemoryAttention
 from zoo.layers.ffn import GEGLU
+from zoo.layers.linear import Linear, linear
 from zoo.layers.norm import RMSNorm
 from zoo.layers.relative_position import RelativePositionBias
 from zoo.layers.ungated_ffn import ReLUFFN
@@ -149,9 +150,7 @@ class EncoderDecoder(nn.Module):
         decoder = [CrossBlock(config, layer) for layer in range(config.num_decoder_layers)]
         self.encoder = Stack(config, encoder, bidirectional=True)
         self.decoder = Stack(config, decoder, bidirectional=False)
-        self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
         self, input_ids: Tensor, decoder_input_ids: Tensor, attention_mask: Tensor | None = None
@@ -231,7 +230,7 @@ class EncoderDecoder(nn.Module):
         """hidden [..., D] of the decoder after its final norm → [..., V]."""
         if self.lm_head is not None:
             return self.lm_head(hidden)
-        return F.linear(hidden * self.config.hidden_size**-0.5, self.embed_tokens.weight)
+        return linear(hidden * self.config.hidden_size**-0.5, self.embed_tokens.weight)
 
     def loss(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Mean cross entropy (natural logarithm, fp32) of the targets given the sources.

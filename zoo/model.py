@@ -12,7 +12,6 @@ from types import EllipsisType
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.cache import Cache, LayerCache
@@ -26,6 +25,7 @@ from zoo.layers.attention import (
 )
 from zoo.layers.ffn import FFNS
 from zoo.layers.interleaved_rope import ChunkedAttention, UnplacedAttention
+from zoo.layers.linear import Linear, linear
 from zoo.layers.linear_nll import linear_nll
 from zoo.layers.mamba import Mamba, initial_parameter
 from zoo.layers.mla import MLA
@@ -123,7 +123,7 @@ class MTPModule(Block):
         super().__init__(config, layer)
         self.enorm = _norm(config)
         self.hnorm = _norm(config)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.norm = _norm(config)
 
     def forward(
@@ -151,9 +151,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(_block(config, layer) for layer in range(config.num_layers))
         self.mtp = nn.ModuleList(MTPModule(config, config.num_layers + depth) for depth in range(config.mtp_depth))
         self.norm = _norm(config)
-        self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         self.logit_scaling = _logit_scaling(config)
         self.rotary = NoRotary() if config.rope is None else Rotary(config.rope, _rotary_size(config))
 
@@ -230,7 +228,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] after the final norm → [..., V]."""
-        return self.logit_scaling(F.linear(hidden, self._head()))
+        return self.logit_scaling(linear(hidden, self._head()))
 
     def nll(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Sum of −ln p of ``labels`` [...], ``IGNORED`` where there is none, after ``hidden`` [..., D]: nats, fp32.

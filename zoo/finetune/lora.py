@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.finetune.config import LoRAConfig, MoLoRAConfig
+from zoo.layers.linear import linear
 from zoo.model import initial_values
 from zoo.moe.clamped import ClampedExperts, clamped_swiglu
 from zoo.moe.experts import Experts, as_autocast
@@ -120,10 +121,10 @@ class MixtureOfLoRA(nn.Module):
         """See ``Adapter``."""
         with torch.autocast(x.device.type, enabled=False):
             exact = torch.promote_types(x.dtype, torch.float32)
-            gates = F.linear(x.to(exact), self.router.to(exact)).softmax(dim=-1)
-        inner = F.linear(x, self.a).unflatten(-1, (self.num_experts, -1))
+            gates = linear(x.to(exact), self.router.to(exact)).softmax(dim=-1)
+        inner = linear(x, self.a).unflatten(-1, (self.num_experts, -1))
         mixed = (inner * gates.unsqueeze(-1)).to(inner.dtype).flatten(-2)
-        return product + self.scaling * F.linear(mixed, self.b)
+        return product + self.scaling * linear(mixed, self.b)
 
 
 class AdaptedLinear(nn.Module):
@@ -137,7 +138,7 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., i] → [..., o]."""
         weight, bias = self.base.weight, self.base.bias
-        out: Tensor = self.adapter(x, F.linear(x, weight), weight)
+        out: Tensor = self.adapter(x, linear(x, weight), weight)
         return out if bias is None else out + bias
 
     @property
@@ -195,7 +196,7 @@ def matrices(experts: Experts) -> tuple[Tensor, Tensor]:
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor | None) -> Tensor:
     """x [N, i] times weight [o, i], or, of rows sorted by expert, times that of their own in [E, o, i] → [N, o]."""
     if counts is None:
-        return F.linear(x, weight)
+        return linear(x, weight)
     able = ways_of_rows(x, weight)
     del able["loop"]
     if choose(x, weight, able) == "grouped":
@@ -203,7 +204,7 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor | None) -> Tensor:
         return F.grouped_mm(x, weight.mT, offs=counts.cumsum(0).to(torch.int32))
     # unbind and not indexing: the backward of indexing writes a whole [E, …] gradient for every expert.
     parts = zip(x.split(counts.tolist()), weight.unbind(), strict=True)
-    out = [F.linear(part, matrix) for part, matrix in parts if len(part)]
+    out = [linear(part, matrix) for part, matrix in parts if len(part)]
     return torch.cat(out) if out else x.new_zeros(0, weight.shape[1])
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zoo.cache import LayerCache
 from zoo.config import ModelConfig
 from zoo.layers.attend import attend, attend_softcapped, attend_with_sinks
+from zoo.layers.linear import Linear
 from zoo.layers.norm import RMSNorm, RMSNormAcrossHeads
 from zoo.layers.rope import rotary_of_last, rotate
 from zoo.layers.sequence import SequenceLayout, tail
@@ -30,10 +31,10 @@ class Attention(nn.Module):
         self.num_kv_heads = attention.num_kv_heads
         self.scale = (attention.query_scale_dim or attention.head_dim) ** -0.5
         width, kv_width = attention.num_heads * self.head_dim, attention.num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=attention.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=attention.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=attention.qkv_bias)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=attention.output_bias)
+        self.q_proj = Linear(config.hidden_size, width, bias=attention.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, kv_width, bias=attention.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, kv_width, bias=attention.qkv_bias)
+        self.o_proj = Linear(width, config.hidden_size, bias=attention.output_bias)
         self.q_norm = _qk_norm(config, width)
         self.k_norm = _qk_norm(config, kv_width)
 

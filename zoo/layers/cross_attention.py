@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.cache import LayerCache
+from zoo.layers.linear import Linear
 
 
 class MemoryAttention(nn.Module):
@@ -22,10 +23,10 @@ class MemoryAttention(nn.Module):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim
         width = num_heads * head_dim
-        self.q_proj = nn.Linear(hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(hidden_size, width, bias=False)
-        self.v_proj = nn.Linear(hidden_size, width, bias=False)
-        self.o_proj = nn.Linear(width, hidden_size, bias=False)
+        self.q_proj = Linear(hidden_size, width, bias=False)
+        self.k_proj = Linear(hidden_size, width, bias=False)
+        self.v_proj = Linear(hidden_size, width, bias=False)
+        self.o_proj = Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attend from x to a memory.

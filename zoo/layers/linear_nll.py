@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from zoo.layers.linear import add_product, product_into
+
 IGNORED = -100
 """Label of a token that has none."""
 
@@ -105,7 +107,7 @@ class _LinearNLL(torch.autograd.Function):
                 chunk = slice(start, start + tokens)
                 x = hidden[chunk].to(dtype)
                 product, out = products[: len(x)], logits[: len(x)]
-                torch.mm(x, head.t(), out=product)
+                product_into(x, head, product)
                 if dtype != wide:
                     out.copy_(product)
                 nll, grad = _chunk(out, labels[chunk].unsqueeze(1), multiplier, cap, of_hidden or of_weight)
@@ -113,7 +115,7 @@ class _LinearNLL(torch.autograd.Function):
                 if grad is not None:
                     grad = grad if dtype == wide else product.copy_(grad)
                     if grad_hidden is not None:
-                        grad_hidden[chunk] = grad @ head
+                        product_into(grad, head.t(), grad_hidden[chunk])
                     if grad_weight is not None:
                         _add_product(grad_weight, grad.t(), x)
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -158,7 +160,7 @@ def _chunk(
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a · b, without rounding the product to the dtype of ``a`` where a kernel can do so."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
+        add_product(total, a, b.t())
     elif total.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:

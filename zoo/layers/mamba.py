@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.cache import LayerCache, StateCache
 from zoo.config import ModelConfig
+from zoo.layers.linear import Linear
 from zoo.layers.norm import RMSNorm
 from zoo.layers.sequence import RecurrentOrder, SequenceLayout, tail
 
@@ -41,13 +42,13 @@ class Mamba(nn.Module):
         assert mamba is not None
         inner = mamba.expand * config.hidden_size
         self.sizes = (mamba.dt_rank, mamba.state_size, mamba.state_size)
-        self.in_proj = nn.Linear(config.hidden_size, 2 * inner, bias=False)
+        self.in_proj = Linear(config.hidden_size, 2 * inner, bias=False)
         self.conv1d = CausalConv(inner, mamba.conv_width)
-        self.x_proj = nn.Linear(inner, sum(self.sizes), bias=False)
+        self.x_proj = Linear(inner, sum(self.sizes), bias=False)
         self.dt_norm, self.b_norm, self.c_norm = (RMSNorm(size, config.norm_eps) for size in self.sizes)
-        self.dt_proj = nn.Linear(mamba.dt_rank, inner, bias=False)
+        self.dt_proj = Linear(mamba.dt_rank, inner, bias=False)
         self.state_space = StateSpace(inner, mamba.state_size)
-        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
+        self.out_proj = Linear(inner, config.hidden_size, bias=False)
 
     def forward(
         self,

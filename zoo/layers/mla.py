@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from zoo.cache import LayerCache
 from zoo.config import ModelConfig, yarn_mscale
 from zoo.layers.attend import attend
+from zoo.layers.linear import Linear
 from zoo.layers.norm import RMSNorm
 from zoo.layers.rope import rotary_of_last, rotate
 from zoo.layers.sequence import SequenceLayout, tail
@@ -41,16 +42,16 @@ class MLA(nn.Module):
             self.scale *= yarn_mscale(config.rope.yarn.factor, config.rope.yarn.mscale_all_dim) ** 2
         width, q_width = config.hidden_size, mla.num_heads * (self.nope + self.rope)
         if mla.q_lora_rank is None:
-            self.q_proj = nn.Linear(width, q_width, bias=False)
+            self.q_proj = Linear(width, q_width, bias=False)
         else:
-            self.q_a_proj = nn.Linear(width, mla.q_lora_rank, bias=False)
+            self.q_a_proj = Linear(width, mla.q_lora_rank, bias=False)
             self.q_a_norm = RMSNorm(mla.q_lora_rank, config.norm_eps)
-            self.q_b_proj = nn.Linear(mla.q_lora_rank, q_width, bias=False)
+            self.q_b_proj = Linear(mla.q_lora_rank, q_width, bias=False)
         self.has_q_latent = mla.q_lora_rank is not None
-        self.kv_a_proj = nn.Linear(width, mla.kv_lora_rank + self.rope, bias=False)
+        self.kv_a_proj = Linear(width, mla.kv_lora_rank + self.rope, bias=False)
         self.kv_a_norm = RMSNorm(mla.kv_lora_rank, config.norm_eps)
-        self.kv_b_proj = nn.Linear(mla.kv_lora_rank, mla.num_heads * (self.nope + self.v_head_dim), bias=False)
-        self.o_proj = nn.Linear(mla.num_heads * self.v_head_dim, width, bias=False)
+        self.kv_b_proj = Linear(mla.kv_lora_rank, mla.num_heads * (self.nope + self.v_head_dim), bias=False)
+        self.o_proj = Linear(mla.num_heads * self.v_head_dim, width, bias=False)
         # Absorbed, a query takes 2(r + p) products a key and head in place of n + p + v; expanding takes r(n + v).
         more = 2 * (self.kv_lora_rank + self.rope) - (self.nope + self.rope + self.v_head_dim)
         expansion = self.kv_lora_rank * (self.nope + self.v_head_dim)

@@ -21,16 +21,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.layers.ffn import Activation, gelu_tanh
+from zoo.layers.linear import add_product, product, product_into
 from zoo.moe.dispatch import assign
 from zoo.moe.router import RouterOutput
 
 BLOCK_NUMBERS = 2**20
 """Numbers in use of a block: enough rows for the cost of a call to vanish, few enough to stay in the cache."""
-
-LARGE, SOME_ROWS = 900_000, range(8, 24)
-"""Products of so many rows with matrices of at least ``LARGE`` numbers for each thread are made transposed, where MKL
-reads the matrix at up to one and a half times the speed; with fewer rows or smaller matrices it is slower
-(products_table.py)."""
 
 _aten = torch.ops.aten
 
@@ -76,18 +72,18 @@ def mix_one(x: Tensor, routing: RouterOutput, gate_up: Tensor, down: Tensor, act
     itself, but in bf16, whose sum would be rounded K times. x: [1, D] in the dtype of the experts, any.
     """
     weights, (first, *others) = routing.weights, routing.experts[0].tolist()
-    up_weights, token = gate_up.flatten(1, 2), x[0]
-    both = torch.cat([torch.mv(up_weights[expert], token) for expert in (first, *others)])
+    up_weights = gate_up.flatten(1, 2)
+    both = torch.cat([product(x, up_weights[expert]) for expert in (first, *others)])
     gate, up = both.view(len(others) + 1, 2, -1).unbind(1)
     inner = activation(gate) * up
     if weights.dtype != x.dtype:
-        rows = [torch.mv(down[expert], row) for expert, row in zip((first, *others), inner.unbind(), strict=True)]
-        return torch.mm(weights, torch.stack(rows).to(weights.dtype)).to(x.dtype)
-    row, *rows = inner.mul_(weights.mT).unbind()
-    out = torch.mv(down[first], row)
+        rows = [product(row, down[expert]) for expert, row in zip((first, *others), inner.split(1), strict=True)]
+        return torch.mm(weights, torch.cat(rows).to(weights.dtype)).to(x.dtype)
+    row, *rows = inner.mul_(weights.mT).split(1)
+    out = product(row, down[first])
     for expert, row in zip(others, rows, strict=True):
-        out.addmv_(down[expert], row)
-    return out.unsqueeze(0)
+        add_product(out, row, down[expert])
+    return out
 
 
 def one_applies(x: Tensor, gate_up: Tensor) -> bool:
@@ -170,19 +166,15 @@ def blocks_of(counts: list[int], limit: int) -> list[Block]:
 
 
 def _products(block: Block, rows: Tensor, weights: Sequence[Tensor], out: Tensor) -> None:
-    """out = rows · weights of its expert. rows: [n, I] of ``block``. weights: E of [I, O]. out: [n, O]."""
-    large = weights[0].numel() >= LARGE * torch.get_num_threads()
+    """out = rows · weightsᵀ of its expert. rows: [n, I] of ``block``. weights: E of [O, I]. out: [n, O]."""
     for expert, x, y in zip(block.experts, rows.split(block.sizes), out.split(block.sizes), strict=True):
-        if large and len(x) in SOME_ROWS:
-            y.copy_(torch.mm(weights[expert].mT, x.mT).mT)
-        else:
-            torch.mm(x, weights[expert], out=y)
+        product_into(x, weights[expert], y)
 
 
 def _outer_products(block: Block, left: Tensor, right: Tensor, out: Sequence[Tensor]) -> None:
     """out[e] = leftᵀ · right over the rows of expert e. left: [n, O] of ``block``. right: [n, I]. out: E of [O, I]."""
     for expert, x, y in zip(block.experts, left.split(block.sizes), right.split(block.sizes), strict=True):
-        torch.mm(x.t(), y, out=out[expert])
+        product_into(x.t(), y.t(), out[expert])
 
 
 def _forward(
@@ -197,7 +189,7 @@ def _forward(
 ) -> Tensor:
     """The sum [T, D]; pre-activations are written to ``kept`` [N, 2F] where it is given."""
     width, size = down.shape[2], max(map(len, blocks), default=0)
-    up_weights, down_weights = gate_up.flatten(1, 2).mT.unbind(), down.mT.unbind()
+    up_weights, down_weights = gate_up.flatten(1, 2).unbind(), down.unbind()
     out = torch.zeros_like(x)
     row_buffer, inner_buffer = x.new_empty(size, x.shape[1]), x.new_empty(size, width)
     both_buffer = x.new_empty(size, 2 * width) if kept is None else kept
@@ -238,7 +230,7 @@ class _Mix(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, gate_up, down, token, kept = ctx.saved_tensors
         width, size = down.shape[2], max(map(len, ctx.blocks), default=0)
-        up_weights, down_weights = gate_up.flatten(1, 2).unbind(), down.unbind()
+        up_weights, down_weights = gate_up.flatten(1, 2).mT.unbind(), down.mT.unbind()
         of_x, _, of_gate_up, of_down = ctx.needs_input_grad[:4]
         d_x, d_weight = torch.zeros_like(x) if of_x else None, torch.empty_like(weight)
         # No memory for the gradient of experts that are frozen.

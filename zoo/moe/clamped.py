@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.layers.linear import linear
 from zoo.moe.experts import Experts, as_autocast
 from zoo.moe.ways import Way, choose, ways_of_rows
 
@@ -82,8 +83,8 @@ def clamped_split(
     out = []
     for x, w1, b1, w2, b2 in zip(rows.split(counts.tolist()), *(w.unbind() for w in weights), strict=True):
         if len(x):
-            gate, up = F.linear(x, w1, b1).chunk(2, dim=-1)
-            out.append(F.linear(clamped_swiglu(gate, up, limit), w2, b2))
+            gate, up = linear(x, w1, b1).chunk(2, dim=-1)
+            out.append(linear(clamped_swiglu(gate, up, limit), w2, b2))
     return torch.cat(out) if out else rows
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.layers.ffn import Activation, gelu_tanh
+from zoo.layers.linear import linear
 from zoo.moe.blocked import blocked_applies, mix_blocked, mix_few, mix_one, one_applies
 from zoo.moe.router import RouterOutput
 from zoo.moe.ways import Way, choose, grouped_applies, product_dtype, ways_of_rows
@@ -153,8 +154,8 @@ def experts_split(
     out = []
     for x, up, dn in zip(rows.split(sizes), gate_up.flatten(1, 2).unbind(), down.unbind(), strict=True):
         if len(x):
-            gate, value = F.linear(x, up).chunk(2, dim=-1)
-            out.append(F.linear(activation(gate) * value, dn))
+            gate, value = linear(x, up).chunk(2, dim=-1)
+            out.append(linear(activation(gate) * value, dn))
     return torch.cat(out) if out else rows
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.config_routing import TemperatureConfig
+from zoo.layers.linear import linear
 
 
 class Jitter(nn.Module):
@@ -40,7 +41,7 @@ class NoisyLogits(nn.Module):
         """logits [T, E] and the x [T, D] that they are of → [T, E]."""
         if not self.training:
             return logits
-        return logits + torch.randn_like(logits) * F.softplus(F.linear(x, self.weight.to(x.dtype)))
+        return logits + torch.randn_like(logits) * F.softplus(linear(x, self.weight.to(x.dtype)))
 
 
 class Temperature(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from zoo.config import ModelConfig
 from zoo.layers.ffn import FFNS
+from zoo.layers.linear import Linear
 from zoo.layers.sequence import SequenceLayout
 from zoo.moe.clamped import ClampedExperts
 from zoo.moe.dispatch import Dispatcher, KeptDispatcher, LocalDispatcher
@@ -35,7 +36,7 @@ class MoE(nn.Module):
             if moe.num_shared_experts
             else None
         )
-        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if moe.shared_expert_gate else None
+        self.shared_expert_gate = Linear(config.hidden_size, 1, bias=False) if moe.shared_expert_gate else None
         self.dispatcher: Dispatcher | None = None
         """By default all experts are at hand, and compute tokens in whichever way is the fastest."""
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.config import MoEConfig
+from zoo.layers.linear import linear
 from zoo.layers.sequence import SequenceLayout
 
 
@@ -97,7 +97,7 @@ class Router(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, D] in the dtype of the result → [T, E]."""
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight.to(x.dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Casting the model leaves the selection bias in fp32: its updates of 1e-3 vanish in bf16."""
@@ -117,7 +117,7 @@ class BiasedRouter(Router):
 
     def logits(self, x: Tensor) -> Tensor:
         """See ``Router``."""
-        return F.linear(x, self.weight.to(x.dtype), self.logit_bias.to(x.dtype))
+        return linear(x, self.weight.to(x.dtype), self.logit_bias.to(x.dtype))
 
 
 def limit_groups(scores: Tensor, num_groups: int, top_k_groups: int, group_score: Literal["max", "top2_sum"]) -> Tensor:

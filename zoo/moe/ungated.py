@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.layers.linear import linear
 from zoo.moe.experts import StackedExperts, as_autocast
 from zoo.moe.ways import Way, choose, ways_of_rows
 
@@ -61,7 +62,7 @@ def relu_split(rows: Tensor, counts: Tensor, up: Tensor, down: Tensor) -> Tensor
     ``unbind`` and not indexing: the backward of indexing writes a whole [E, …] gradient for every expert.
     """
     parts = zip(rows.split(counts.tolist()), up.unbind(), down.unbind(), strict=True)
-    out = [F.linear(F.relu(F.linear(x, w1)), w2) for x, w1, w2 in parts if len(x)]
+    out = [linear(F.relu(linear(x, w1)), w2) for x, w1, w2 in parts if len(x)]
     return torch.cat(out) if out else rows
 
 

@@ -1,0 +1,223 @@
+"""Products with a matrix of weights, on the CPU in whichever way is the fastest on its processor.
+
+torch leaves fp32 to MKL, which takes no AVX-512 on AMD's processors. On a Zen 5 that is half the speed of oneDNN, which
+torch has as well, for bf16 and for compiled graphs. There and with MKL on Intel's processors some numbers of rows are
+quicker as columns. ``scripts/products_table.py`` times all of it.
+
+Shapes: I inputs, O outputs, n rows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Library = Literal["mkl", "onednn"]
+"""``mkl`` stands for whatever torch takes by itself."""
+
+VARIABLE = "MOE_ZOO_PRODUCTS"
+"""Environment variable with the name of a library, for a whole command."""
+
+Way = Literal["rows", "columns", "onednn"]
+"""x · Wᵀ or (W · xᵀ)ᵀ by torch's own library; x · Wᵀ by oneDNN."""
+
+LARGE, SOME_ROWS = 900_000, range(8, 24)
+"""MKL on Intel's processors reads a matrix of at least ``LARGE`` numbers for each thread at up to one and a half times
+the speed for so many columns; for fewer, or smaller matrices, rows are faster."""
+
+FEW_ROWS, FEW_NUMBERS, SHORT = range(2, 5), 1 << 15, 1024
+"""On AMD's, so many columns are the fastest for a matrix of so many numbers with up to ``SHORT`` inputs."""
+
+ONE_ROW, MULTIPLICATIONS = 1 << 17, 1 << 19
+"""oneDNN takes 10 µs more for a call: it is for one row of at least so many numbers, or so many multiplications."""
+
+PART = 1 << 18
+"""Numbers of a result of oneDNN, which comes in memory of its own, that are there beside where they go."""
+
+_PLAIN = (Tensor, nn.Parameter)
+_asked_for: list[Library] = []
+"""By ``products_by``, the innermost last."""
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` by the fastest product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., I] → [..., O]."""
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear``, with its gradients of every order.
+
+    Args:
+        x: [..., I]. weight: [O, I]. bias: [O].
+
+    Returns:
+        [..., O].
+    """
+    if torch.compiler.is_compiling() or not _onednn_takes(x, weight) or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        out: Tensor = _Linear.apply(x, weight, bias)
+        return out
+    return _linear(x, weight, bias)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [n, I], weight [O, I], both of any strides → x · weightᵀ [n, O], of any strides. Without gradients."""
+    return _by(_way(x, weight), x, weight)
+
+
+def product_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """``product``, written to ``out`` [n, O]."""
+    way = _way(x, weight)
+    if way == "rows":
+        torch.mm(x, weight.t(), out=out)
+        return
+    for of_x, of_weight, of_out in _parts(x, weight, out):
+        of_out.copy_(_by(way, of_x, of_weight))
+
+
+def add_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """out [n, O] += ``product``."""
+    way = _way(x, weight)
+    if way == "rows" and len(x) == 1:
+        out[0].addmv_(weight, x[0])
+    elif way == "rows":
+        out.addmm_(x, weight.t())
+    else:
+        for of_x, of_weight, of_out in _parts(x, weight, out):
+            of_out += _by(way, of_x, of_weight)
+
+
+def _parts(x: Tensor, weight: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What makes ``PART`` numbers of ``out`` at a time, so that they stay in the cache until they are where they go."""
+    if out.numel() <= PART:
+        yield x, weight, out
+    elif len(x) > len(weight):
+        size = max(1, PART // len(weight))
+        yield from ((part, weight, of_out) for part, of_out in zip(x.split(size), out.split(size), strict=True))
+    else:
+        size = max(1, PART // len(x))
+        yield from ((x, part, of_out) for part, of_out in zip(weight.split(size), out.split(size, 1), strict=True))
+
+
+def _by(way: Way, x: Tensor, weight: Tensor) -> Tensor:
+    if way == "onednn":
+        return _onednn(x, weight, None)
+    if len(x) == 1 and way == "rows":
+        return torch.mv(weight, x[0]).unsqueeze(0)
+    return torch.mm(weight, x.t()).t() if way == "columns" else torch.mm(x, weight.t())
+
+
+def _way(x: Tensor, weight: Tensor) -> Way:
+    """How ``product`` is computed."""
+    rows, numbers = len(x), weight.numel()
+    if not _onednn_takes(x, weight):
+        return "columns" if rows in SOME_ROWS and numbers >= LARGE * torch.get_num_threads() else "rows"
+    if rows in FEW_ROWS and numbers >= FEW_NUMBERS and x.shape[1] <= SHORT:
+        return "columns"
+    return "onednn" if (numbers >= ONE_ROW if rows == 1 else rows * numbers >= MULTIPLICATIONS) else "rows"
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``linear`` without gradients, where oneDNN may be the faster."""
+    rows = x.flatten(0, -2)
+    way = _way(rows, weight)
+    if way == "rows":
+        return F.linear(x, weight, bias)
+    if way == "onednn":
+        return _onednn(x, weight, bias)
+    out = torch.mm(weight, rows.t()) if bias is None else torch.addmm(bias.unsqueeze(1), weight, rows.t())
+    return out.t().contiguous().unflatten(0, x.shape[:-1])
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        of_x, of_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        return _linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        gradient = gradients[0]
+        rows = gradient.flatten(0, -2)
+        return (
+            None if weight is None else linear(gradient, weight.t()),
+            None if x is None else linear(rows.t(), x.flatten(0, -2).t()),
+            rows.sum(0) if ctx.needs_input_grad[2] else None,
+        )
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What inductor calls for a linear layer; x and weight of any strides."""
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()  # for others oneDNN has but a loop over single numbers
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return out
+
+
+def _onednn_takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether it is the faster for all but small products, and these are fp32 on the CPU and plain tensors."""
+    return (
+        (_asked_for[-1] if _asked_for else _library()) == "onednn"
+        and x.dtype is torch.float32
+        and weight.dtype is torch.float32
+        and x.is_cpu
+        and x.dim() > 1
+        and type(x) in _PLAIN
+        and type(weight) in _PLAIN
+    )
+
+
+@contextmanager
+def products_by(library: Library) -> Iterator[None]:
+    """Take products from this library within the block, also where it is not the faster."""
+    _asked_for.append(library)
+    try:
+        yield
+    finally:
+        _asked_for.pop()
+
+
+@cache
+def _library() -> Library:
+    """What ``VARIABLE`` asks for, by default the one that was measured the faster on this processor.
+
+    Raises:
+        ValueError: it asks for none, or for one that is not there.
+    """
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    asked = os.environ.get(VARIABLE)
+    if not asked:
+        return "onednn" if there and _zen5() else "mkl"
+    for library in get_args(Library):
+        if library == asked and (there or library == "mkl"):
+            return library
+    known = " or ".join(get_args(Library)) if there else "mkl"
+    raise ValueError(f"{VARIABLE}={asked!r}: no such library here; give {known}, or unset it")
+
+
+def _zen5() -> bool:
+    """Whether this is a processor of AMD of family 26, the one that was measured, with AVX-512."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    fields = dict(line.replace("\t", "").split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    return (
+        fields.get("vendor_id", "").strip() == "AuthenticAMD"
+        and fields.get("cpu family", "").strip() == "26"
+        and "avx512f" in fields.get("flags", "").split()
+    )
