@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from zoo.layers.ffn import Activation
+from zoo.layers.linear import LARGE, SOME_ROWS
 from zoo.model import build
-from zoo.moe.blocked import LARGE, SOME_ROWS, blocks_of, mix_blocked, mix_one
+from zoo.moe.blocked import blocks_of, mix_blocked, mix_one
 from zoo.moe.dispatch import LocalDispatcher
 from zoo.moe.experts import Experts, GEGLUExperts, experts_loop
 from zoo.moe.layer import MoE

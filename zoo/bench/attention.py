@@ -2,7 +2,7 @@
 
 Two layers whose FFNs are narrow, so that attention takes the time. transformers keeps the latent as well and expands
 it to keys and values of every head in each step; it is measured with the cache that grows and the preallocated one.
-The limit is one product with as many numbers as the weights and the filled cache hold.
+The limit is reading as many bytes as the weights and the filled cache hold.
 
 Shapes: B batch, L tokens in the cache.
 """
@@ -20,7 +20,7 @@ from zoo.accounting import cache_elements_per_token, count_parameters
 from zoo.bench.memory import peak_bytes
 from zoo.bench.peers import check_equal, exported, in_transformers
 from zoo.bench.rows import LIMIT, OURS, Options, Row
-from zoo.bench.timing import interleaved
+from zoo.bench.timing import interleaved, reading
 from zoo.config import AttentionConfig, MLAConfig, ModelConfig, ModelSpec, RopeConfig
 from zoo.model import Decoder, build
 from zoo.registry import find_spec
@@ -88,7 +88,8 @@ def measured(case: str, ours: Decoder, theirs: PreTrainedModel, batch: int, cont
     element = ours.embed_tokens.weight.element_size()
     cached = cache_elements_per_token(ours.config) * batch * context
     weights = count_parameters(ours.config).active_without_embedding
-    ways: dict[str, Callable[[], object]] = {**steps, LIMIT: _reading(weights + cached, ours.embed_tokens.weight)}
+    needed = element * (weights + cached)
+    ways: dict[str, Callable[[], object]] = {**steps, LIMIT: reading(needed, needed, ids.device)}
     seconds = interleaved(ways, options.rounds, warmups=2, repeat=5)
     peaks = {way: peak_bytes(step, options.device) for way, step in steps.items()}
     return Row("attention", case, seconds, peaks, {"cache_bytes": cached * element, "weight_bytes": weights * element})
@@ -138,9 +139,3 @@ def _preallocated(model: PreTrainedModel, ids: Tensor) -> Callable[[], Tensor]:
         return logits
 
     return step
-
-
-def _reading(elements: int, like: Tensor) -> Callable[[], object]:
-    """A product with ``elements`` numbers, each used once: as fast as they can be read."""
-    table, x = like.new_ones(elements // 1024, 1024), like.new_ones(1024)
-    return lambda: torch.mv(table, x)

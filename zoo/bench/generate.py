@@ -20,7 +20,7 @@ from torch import Tensor
 from zoo.accounting import cache_elements_per_token, count_parameters
 from zoo.bench.peers import EXPERTS, exported, in_litgpt, in_transformers
 from zoo.bench.rows import LIMIT, OURS, Options, Row
-from zoo.bench.timing import far_behind, interleaved, left_out
+from zoo.bench.timing import far_behind, interleaved, left_out, reading
 from zoo.compiled import CompiledStep
 from zoo.config import AttentionConfig, MLAConfig, ModelSpec
 from zoo.generation import decode_step, generate
@@ -159,23 +159,17 @@ def _check(model: Decoder, ids: Tensor, ours: list[list[int]], theirs: list[list
 
 
 def _reading(model: Decoder) -> Callable[[], None]:
-    """A product with as many weights as one token needs, ``NEW`` times: the limit of decoding with one row.
+    """Reading as many weights as one token needs, ``NEW`` times: the limit of decoding with one row.
 
-    The weights are taken from as much memory as the model has, in turn, so that no cache holds what the model's would
-    not.
+    They are taken from as much memory as the model has, in turn, so that no cache holds what the model's would not.
     """
-    width = model.config.hidden_size
-    parameters = count_parameters(model.config)
-    table = model.embed_tokens.weight.new_ones(parameters.total // width, width)
-    needed = parameters.active_without_embedding // width
-    x = table.new_ones(width)
+    parameters, weight = count_parameters(model.config), model.embed_tokens.weight
+    size = weight.element_size()
+    one = reading(size * parameters.active_without_embedding, size * parameters.total, weight.device)
 
-    @torch.inference_mode()
     def read() -> None:
-        start = 0
         for _ in range(NEW):
-            torch.mv(table[start : start + needed], x)
-            start = start + needed if start + 2 * needed <= len(table) else 0
+            one()
 
     return read
 

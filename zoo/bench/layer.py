@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from zoo.bench.memory import peak_bytes
 from zoo.bench.peers import EXPERTS, GATHERED_BYTES, check_equal, exported, in_litgpt, in_transformers
 from zoo.bench.rows import LIMIT, OURS, Options, Row
-from zoo.bench.timing import interleaved
+from zoo.bench.timing import interleaved, reading
 from zoo.config import ModelSpec
 from zoo.layers.ffn import SwiGLU
 from zoo.model import Decoder, build
@@ -33,7 +33,6 @@ MANY = 2048
 FEW = (1, 8, 32)
 INPUTS = 8
 """So many inputs take turns where few tokens are computed, lest their experts stay in the cache."""
-TABLE_WIDTH = 1024
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ def measured(
     touched = _touched(ours, inputs, shape.matrices)
     calls = {way: _call(layer, inputs, backward) for way, layer in ways.items()}
     if few:
-        limit = _reading(touched, _elements(ours), inputs)
+        limit = reading(touched * inputs.element_size(), _elements(ours) * inputs.element_size(), inputs.device)
     else:
         dense = SwiGLU(shape.hidden_size, shape.active_width).to(options.device, options.dtype)
         limit = _call(Layer(dense, dense), inputs, backward)
@@ -219,11 +218,3 @@ def _touched(layer: MoE, inputs: Tensor, matrices: int) -> int:
 
 def _elements(layer: nn.Module) -> int:
     return sum(parameter.numel() for parameter in layer.parameters())
-
-
-def _reading(elements: int, total: int, like: Tensor) -> Callable[[], object]:
-    """Products with ``elements`` of ``total`` numbers, others in each turn, as fast as they can be read."""
-    count = -(-elements // TABLE_WIDTH)
-    table, x = like.new_ones(max(total // TABLE_WIDTH, count), TABLE_WIDTH), like.new_ones(TABLE_WIDTH)
-    starts = cycle(range(0, len(table) - count + 1, count))
-    return lambda: torch.mv(table[(start := next(starts)) : start + count], x)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from itertools import cycle
 
 import torch
 
@@ -39,6 +40,18 @@ def interleaved(
             wait()
             times[name].append((time.perf_counter() - start) / repeat)
     return times
+
+
+def reading(size: int, total: int, device: str | torch.device) -> Callable[[], object]:
+    """Read ``size`` bytes as fast as the memory gives them: nothing that needs as many can take less.
+
+    Args:
+        total: Bytes that take turns in being read, so that no cache holds what it would not hold of these.
+    """
+    count = size // 4
+    table = torch.ones(max(total // 4, count), device=device)
+    starts = cycle(range(0, len(table) - count + 1, count))
+    return lambda: table[(start := next(starts)) : start + count].sum()
 
 
 def far_behind(seconds: Mapping[str, float]) -> dict[str, float]:

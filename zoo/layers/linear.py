@@ -1,7 +1,7 @@
-"""Products with a matrix of weights, on the CPU in whichever way is the fastest on its processor.
+"""Products with a matrix of weights, on the CPU in the way that is the fastest on it.
 
-torch leaves fp32 to MKL, which takes no AVX-512 on AMD's processors. On a Zen 5 that is half the speed of oneDNN, which
-torch has as well, for bf16 and for compiled graphs. There and with MKL on Intel's processors some numbers of rows are
+torch leaves fp32 to MKL, which takes no AVX-512 on AMD's CPUs. On a Zen 5 that is half the speed of oneDNN, which
+torch has as well, for bf16 and for compiled graphs. There and with MKL on Intel's CPUs some numbers of rows are
 quicker as columns. ``scripts/products_table.py`` times all of it.
 
 Shapes: I inputs, O outputs, n rows.
@@ -30,14 +30,17 @@ Way = Literal["rows", "columns", "onednn"]
 """x · Wᵀ or (W · xᵀ)ᵀ by torch's own library; x · Wᵀ by oneDNN."""
 
 LARGE, SOME_ROWS = 900_000, range(8, 24)
-"""MKL on Intel's processors reads a matrix of at least ``LARGE`` numbers for each thread at up to one and a half times
+"""MKL on Intel's CPUs reads a matrix of at least ``LARGE`` numbers for each thread at up to one and a half times
 the speed for so many columns; for fewer, or smaller matrices, rows are faster."""
 
 FEW_ROWS, FEW_NUMBERS, SHORT = range(2, 5), 1 << 15, 1024
-"""On AMD's, so many columns are the fastest for a matrix of so many numbers with up to ``SHORT`` inputs."""
+"""On AMD's, so many columns are the fastest for a matrix of at least so many numbers with up to ``SHORT`` inputs."""
 
-ONE_ROW, MULTIPLICATIONS = 1 << 17, 1 << 19
-"""oneDNN takes 10 µs more for a call: it is for one row of at least so many numbers, or so many multiplications."""
+ONE_ROW = range(1 << 16, 1 << 18)
+"""There one row is faster as two equal columns, for a matrix of so many numbers; oneDNN is for larger ones."""
+
+MULTIPLICATIONS = 1 << 19
+"""And for so many of more rows; its calls take 10 µs more than MKL's."""
 
 PART = 1 << 18
 """Numbers of a result of oneDNN, which comes in memory of its own, that are there beside where they go."""
@@ -66,10 +69,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if torch.compiler.is_compiling() or not _onednn_takes(x, weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
+    way = _way(x.flatten(0, -2), weight)
+    if way == "rows":
+        return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        out: Tensor = _Linear.apply(x, weight, bias)
+        out: Tensor = _Linear.apply(x, weight, bias, way)
         return out
-    return _linear(x, weight, bias)
+    return _linear(x, weight, bias, way)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -116,7 +122,12 @@ def _by(way: Way, x: Tensor, weight: Tensor) -> Tensor:
         return _onednn(x, weight, None)
     if len(x) == 1 and way == "rows":
         return torch.mv(weight, x[0]).unsqueeze(0)
-    return torch.mm(weight, x.t()).t() if way == "columns" else torch.mm(x, weight.t())
+    return _columns(x, weight).t() if way == "columns" else torch.mm(x, weight.t())
+
+
+def _columns(x: Tensor, weight: Tensor) -> Tensor:
+    """weight · xᵀ [O, n]."""
+    return torch.mm(weight, x.t()) if len(x) > 1 else torch.mm(weight, torch.cat((x, x)).t())[:, :1]
 
 
 def _way(x: Tensor, weight: Tensor) -> Way:
@@ -124,29 +135,27 @@ def _way(x: Tensor, weight: Tensor) -> Way:
     rows, numbers = len(x), weight.numel()
     if not _onednn_takes(x, weight):
         return "columns" if rows in SOME_ROWS and numbers >= LARGE * torch.get_num_threads() else "rows"
+    if rows == 1:
+        return "columns" if numbers in ONE_ROW else "rows" if numbers < ONE_ROW.start else "onednn"
     if rows in FEW_ROWS and numbers >= FEW_NUMBERS and x.shape[1] <= SHORT:
         return "columns"
-    return "onednn" if (numbers >= ONE_ROW if rows == 1 else rows * numbers >= MULTIPLICATIONS) else "rows"
+    return "onednn" if rows * numbers >= MULTIPLICATIONS else "rows"
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``linear`` without gradients, where oneDNN may be the faster."""
-    rows = x.flatten(0, -2)
-    way = _way(rows, weight)
-    if way == "rows":
-        return F.linear(x, weight, bias)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, way: Way) -> Tensor:
+    """``linear`` without gradients."""
     if way == "onednn":
         return _onednn(x, weight, bias)
-    out = torch.mm(weight, rows.t()) if bias is None else torch.addmm(bias.unsqueeze(1), weight, rows.t())
-    return out.t().contiguous().unflatten(0, x.shape[:-1])
+    out = _columns(x.flatten(0, -2), weight).t().contiguous().unflatten(0, x.shape[:-1])
+    return out if bias is None else out.add_(bias)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, way: Way) -> Tensor:
         of_x, of_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
-        return _linear(x, weight, bias)
+        return _linear(x, weight, bias, way)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -157,6 +166,7 @@ class _Linear(torch.autograd.Function):
             None if weight is None else linear(gradient, weight.t()),
             None if x is None else linear(rows.t(), x.flatten(0, -2).t()),
             rows.sum(0) if ctx.needs_input_grad[2] else None,
+            None,
         )
 
 
@@ -168,10 +178,15 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
+def uses_onednn() -> bool:
+    """Whether products are oneDNN's, but for small ones."""
+    return (_asked_for[-1] if _asked_for else _library()) == "onednn"
+
+
 def _onednn_takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether it is the faster for all but small products, and these are fp32 on the CPU and plain tensors."""
+    """Whether it is in use and these are fp32 on the CPU, as plain tensors."""
     return (
-        (_asked_for[-1] if _asked_for else _library()) == "onednn"
+        uses_onednn()
         and x.dtype is torch.float32
         and weight.dtype is torch.float32
         and x.is_cpu
@@ -193,7 +208,7 @@ def products_by(library: Library) -> Iterator[None]:
 
 @cache
 def _library() -> Library:
-    """What ``VARIABLE`` asks for, by default the one that was measured the faster on this processor.
+    """What ``VARIABLE`` asks for, by default the one that was measured the faster on this CPU.
 
     Raises:
         ValueError: it asks for none, or for one that is not there.
@@ -210,7 +225,7 @@ def _library() -> Library:
 
 
 def _zen5() -> bool:
-    """Whether this is a processor of AMD of family 26, the one that was measured, with AVX-512."""
+    """Whether this is a CPU of AMD's family 26, the one that was measured, with AVX-512."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

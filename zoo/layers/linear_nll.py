@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from zoo.layers.linear import add_product, product_into
+from zoo.layers.linear import add_product, product, product_into
 
 IGNORED = -100
 """Label of a token that has none."""
@@ -106,16 +106,16 @@ class _LinearNLL(torch.autograd.Function):
             for start in range(0, len(hidden), tokens):
                 chunk = slice(start, start + tokens)
                 x = hidden[chunk].to(dtype)
-                product, out = products[: len(x)], logits[: len(x)]
-                product_into(x, head, product)
+                made, out = products[: len(x)], logits[: len(x)]
+                product_into(x, head, made)
                 if dtype != wide:
-                    out.copy_(product)
+                    out.copy_(made)
                 nll, grad = _chunk(out, labels[chunk].unsqueeze(1), multiplier, cap, of_hidden or of_weight)
                 total += nll
                 if grad is not None:
-                    grad = grad if dtype == wide else product.copy_(grad)
+                    grad = grad if dtype == wide else made.copy_(grad)
                     if grad_hidden is not None:
-                        product_into(grad, head.t(), grad_hidden[chunk])
+                        grad_hidden[chunk] = product(grad, head.t())
                     if grad_weight is not None:
                         _add_product(grad_weight, grad.t(), x)
         ctx.save_for_backward(grad_hidden, grad_weight)

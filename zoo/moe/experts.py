@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.layers.ffn import Activation, gelu_tanh
-from zoo.layers.linear import linear
+from zoo.layers.linear import linear, uses_onednn
 from zoo.moe.blocked import blocked_applies, mix_blocked, mix_few, mix_one, one_applies
 from zoo.moe.router import RouterOutput
 from zoo.moe.ways import Way, choose, grouped_applies, product_dtype, ways_of_rows
+
+FEW_WEIGHTS = 1 << 17
+"""Numbers of an expert's gate and up, at most, with which few tokens are best in grouped products beside oneDNN."""
 
 
 class StackedExperts(nn.Module, ABC):
@@ -76,7 +79,11 @@ class Experts(StackedExperts):
         blocked = partial(blocked_applies, x, gate_up, self.activation)
 
         def few() -> bool:
-            return len(x) <= len(down) and not torch.is_grad_enabled() and blocked() and grouped_applies(x, down)
+            # torch's grouped product is MKL's: where oneDNN is faster, only for what it is too small for.
+            suits = gate_up[0].numel() <= FEW_WEIGHTS if uses_onednn() else True
+            return (
+                suits and len(x) <= len(down) and not torch.is_grad_enabled() and blocked() and grouped_applies(x, down)
+            )
 
         one = partial(one_applies, x, gate_up)
         return choose(x, down, {**ways_of_rows(x, down), "blocked": blocked, "few": few, "single": one})
