@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""How fast products of the sizes of experts are, which is what bounds a layer of fine ones on a CPU.
+"""How fast products of the sizes of experts are, which is what bounds a layer on a CPU, and which way is the fastest.
 
-    python scripts/products_table.py
+    python scripts/products_table.py --threads 1
 
 First, of each layer of `zoo bench layer`, GFLOP/s of the products of its experts over 2,048 tokens evenly routed, and
-of one product of a dense layer as wide as what a token goes through. Second, the time of a product of few rows over the
-time of the same made transposed, which `zoo.moe.blocked` decides by. Medians of rounds in turn.
+of one product of a dense layer as wide as what a token goes through, by each library. Second, how many times as long a
+product of few rows takes in torch's own way as in columns and by oneDNN: what `zoo.layers.linear` decides by. Medians
+of rounds in turn.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from zoo.bench.layer import MANY, SHAPES, Shape
 from zoo.bench.timing import interleaved
+from zoo.layers.linear import Library, Way, product_by, product_into, products_by
 
-ROWS = (4, 8, 12, 16, 24, 32, 48, 64, 128)
+ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 64, 128)
 
 
 def main() -> None:
@@ -30,17 +33,24 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    print("GFLOP/s                forward        backward                               dense")
-    print("              rows     up    down     d inner   d down     d up      d x        up")
-    for name, shape in SHAPES.items():
-        speeds = " ".join(f"{speed:8.0f}" for speed in products(shape, args.rounds))
-        print(f"{name:12} {MANY * shape.top_k // shape.num_experts:5} {speeds}")
-    print("\ntime over that of the transposed product, by rows")
-    print(f"{'matrix':>12} " + " ".join(f"{rows:6}" for rows in ROWS))
-    for shape in SHAPES.values():
-        for inputs, outputs in ((shape.hidden_size, 2 * shape.width), (shape.width, shape.hidden_size)):
-            ratios = " ".join(f"{transposed(inputs, outputs, rows, args.rounds):6.2f}" for rows in ROWS)
-            print(f"{inputs:>6}→{outputs:<5} {ratios}")
+    for library in get_args(Library):
+        print(f"GFLOP/s, {library:10}      forward        backward                               dense")
+        print("              rows     up    down     d inner   d down     d up      d x        up")
+        with products_by(library):
+            for name, shape in SHAPES.items():
+                speeds = " ".join(f"{speed:8.0f}" for speed in products(shape, args.rounds))
+                print(f"{name:12} {MANY * shape.top_k // shape.num_experts:5} {speeds}")
+        print()
+    sizes = [(s.hidden_size, 2 * s.width) for s in SHAPES.values()] + [
+        (s.width, s.hidden_size) for s in SHAPES.values()
+    ]
+    ratios = {size: {rows: few(*size, rows, args.rounds) for rows in ROWS} for size in sizes}
+    for way in ("columns", "onednn"):
+        print(f"time over that of {way}, by rows")
+        print(f"{'matrix':>12} " + " ".join(f"{rows:6}" for rows in ROWS))
+        for (inputs, outputs), by_rows in ratios.items():
+            print(f"{inputs:>6}→{outputs:<5} " + " ".join(f"{by_rows[rows][way]:6.2f}" for rows in ROWS))
+        print()
 
 
 def products(shape: Shape, rounds: int) -> Iterator[float]:
@@ -51,14 +61,15 @@ def products(shape: Shape, rounds: int) -> Iterator[float]:
     up, down = torch.randn(count, 2 * width, hidden).unbind(), torch.randn(count, hidden, width).unbind()
     of_up, of_down = torch.empty(count, 2 * width, hidden).unbind(), torch.empty(count, hidden, width).unbind()
     dense, active = torch.randn(MANY, hidden), torch.randn(2 * shape.active_width, hidden)
+    made = torch.empty(MANY, 2 * shape.active_width)
     ways: dict[str, Callable[[], object]] = {
-        "up": lambda: _each(x, [w.t() for w in up], both),
-        "down": lambda: _each(inner, [w.t() for w in down], x),
-        "d inner": lambda: _each(x, down, inner),
-        "d down": lambda: _each([r.t() for r in x], inner, of_down),
-        "d up": lambda: _each([r.t() for r in both], x, of_up),
-        "d x": lambda: _each(both, up, x),
-        "dense": lambda: torch.mm(dense, active.t()),
+        "up": lambda: _each(x, up, both),
+        "down": lambda: _each(inner, down, x),
+        "d inner": lambda: _each(x, [w.t() for w in down], inner),
+        "d down": lambda: _each([r.t() for r in x], [r.t() for r in inner], of_down),
+        "d up": lambda: _each([r.t() for r in both], [r.t() for r in x], of_up),
+        "d x": lambda: _each(both, [w.t() for w in up], x),
+        "dense": lambda: product_into(dense, active, made),
     }
     twice = {"up": 2, "d up": 2, "d x": 2}
     seconds = interleaved(ways, rounds)
@@ -69,24 +80,28 @@ def products(shape: Shape, rounds: int) -> Iterator[float]:
         yield flops / statistics.median(times) / 1e9
 
 
-def _each(left: Sequence[Tensor], right: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-    for a, b, c in zip(left, right, out, strict=True):
-        torch.mm(a, b, out=c)
+def _each(x: Sequence[Tensor], weights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    for of_x, weight, of_out in zip(x, weights, out, strict=True):
+        product_into(of_x, weight, of_out)
 
 
-def transposed(inputs: int, outputs: int, rows: int, rounds: int) -> float:
-    """Time of rows · Wᵀ over that of (W · rowsᵀ)ᵀ and its copy, each with matrices that take turns."""
+def few(inputs: int, outputs: int, rows: int, rounds: int) -> dict[Way, float]:
+    """Time of torch's own way over that of each way, with matrices that take turns."""
     count = max(8, 10**7 // (inputs * outputs))
     weights, x = torch.randn(count, outputs, inputs).unbind(), torch.randn(count, rows, inputs).unbind()
-    out = torch.empty(count, rows, outputs).unbind()
 
-    def turned() -> None:
-        for w, r, o in zip(weights, x, out, strict=True):
-            o.copy_(torch.mm(w, r.t()).t())
+    def by(way: Way) -> Callable[[], None]:
+        def call() -> None:
+            for of_x, weight in zip(x, weights, strict=True):
+                product_by(way, of_x, weight).contiguous()
 
-    ways = {"plain": lambda: _each(x, [w.t() for w in weights], out), "turned": turned}
-    seconds = interleaved(ways, rounds)
-    return statistics.median(a / b for a, b in zip(seconds["plain"], seconds["turned"], strict=True))
+        return call
+
+    seconds = interleaved({way: by(way) for way in get_args(Way)}, rounds)
+    return {
+        way: statistics.median(a / b for a, b in zip(seconds["rows"], times, strict=True))
+        for way, times in seconds.items()
+    }
 
 
 if __name__ == "__main__":

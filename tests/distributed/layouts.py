@@ -220,9 +220,14 @@ Result = dict[str, np.ndarray]
 
 
 def batch(vocab_size: int, step: int, data_rank: int, micro: int) -> Batch:
-    """Rows and labels differ in number from rank to rank and from micro-batch to micro-batch."""
+    """Rows and labels differ in number from rank to rank and from micro-batch to micro-batch.
+
+    No row begins with the same token twice: what attention makes of them is equal but for rounding, and where experts
+    choose tokens that rounding, which may be another in another layout, would choose between them.
+    """
     generator = torch.Generator().manual_seed(1000 * step + 10 * data_rank + micro)
     ids = torch.randint(vocab_size, (1 + (data_rank + micro + step) % 3, 7), generator=generator)
+    ids[:, 1] = torch.where(ids[:, 0] == ids[:, 1], (ids[:, 1] + 1) % vocab_size, ids[:, 1])
     labels = ids.roll(-1, 1)
     labels[:, -1 - data_rank % 2 :] = -100
     return ids, labels

@@ -138,11 +138,12 @@ def test_export_is_loaded_by_transformers_and_reimport_is_bit_equal(pair: Pair, 
     import_checkpoint(tmp_path / "hf", tmp_path / "again")
     assert not verify(tmp_path / "zoo").findings
     assert not verify(tmp_path / "hf").findings
-    sources, targets = tokens(2, 60), tokens(2, 40, seed=2)
     theirs = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "hf")
     assert theirs.dtype == torch.float32
-    expected = pair.theirs(input_ids=sources, decoder_input_ids=targets).logits
-    assert torch.equal(theirs(input_ids=sources, decoder_input_ids=targets).logits, expected)
+    # Not their logits: MKL rounds by where in memory a matrix begins, on some processors.
+    expected = pair.theirs.state_dict()
+    assert theirs.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in theirs.state_dict().items())
     assert find_any_spec(tmp_path / "again").model == find_any_spec(tmp_path / "zoo").model == pair.ours.config
     first, again = (tmp_path / name / "model.safetensors" for name in ("zoo", "again"))
     assert first.read_bytes() == again.read_bytes()

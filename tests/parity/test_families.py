@@ -119,15 +119,23 @@ def test_packed_documents(pair: Pair) -> None:
 
 @torch.no_grad()
 def test_bf16_is_at_least_as_close_to_fp32_as_transformers_is_to_itself(pair: Pair) -> None:
-    # Enough tokens for the two errors to be compared, not their noise: with 8 rows either may come out larger.
     ids = tokens(64, 2 * CONTEXT)
     exact = pair.theirs(ids).logits
     theirs = AutoModelForCausalLM.from_pretrained(pair.directory, dtype=torch.bfloat16)(ids).logits.float()
     ours = zoo.load(pair.directory, dtype=torch.bfloat16)(ids).logits.float()
-    our_error, their_error = (ours - exact).abs(), (theirs - exact).abs()
-    assert our_error.mean() <= their_error.mean()
+    our_errors, their_errors = ((logits - exact).abs().flatten(1) for logits in (ours, theirs))
+    assert_not_larger(our_errors.mean(1), their_errors.mean(1))
     # Rounding sends tokens on the border between two experts either way in both: the median is of all the others.
-    assert our_error.median() <= their_error.median()
+    assert_not_larger(our_errors.median(1).values, their_errors.median(1).values)
+
+
+def assert_not_larger(ours: Tensor, theirs: Tensor) -> None:
+    """Errors [N] of the same N sequences: where nearly all logits are equal, which sum is the larger is chance.
+
+    In the mean ours are no more than three standard errors of the difference above theirs.
+    """
+    difference = ours - theirs
+    assert difference.mean() <= 3 * difference.std() / len(difference) ** 0.5
 
 
 @torch.no_grad()
@@ -135,10 +143,12 @@ def test_export_is_loaded_by_transformers_and_reimport_is_bit_equal(pair: Pair, 
     import_checkpoint(pair.directory, tmp_path / "zoo")
     export_checkpoint(tmp_path / "zoo", tmp_path / "hf")
     import_checkpoint(tmp_path / "hf", tmp_path / "again")
-    ids = tokens(2, 2 * CONTEXT)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert theirs.dtype == torch.float32
-    assert torch.equal(theirs(ids).logits, pair.theirs(ids).logits)
+    # Not their logits: MKL rounds by where in memory a matrix begins, on some processors.
+    expected = pair.theirs.state_dict()
+    assert theirs.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in theirs.state_dict().items())
     assert find_spec(tmp_path / "again").model == find_spec(tmp_path / "zoo").model == pair.ours.config
     first, again = (tmp_path / name / "model.safetensors" for name in ("zoo", "again"))
     assert first.read_bytes() == again.read_bytes()

@@ -10,7 +10,7 @@ import torch
 
 from zoo.bench import document
 from zoo.bench.memory import peak_bytes
-from zoo.bench.plots import cost_plot
+from zoo.bench.plots import cost_plot, sweeps
 from zoo.bench.results import Results, Run, empty, load, new_run, save
 from zoo.bench.rows import LIMIT, OURS, Options, Row
 from zoo.bench.tables import duration, markdown, text_table
@@ -87,6 +87,23 @@ def test_a_new_run_replaces_its_cases_with_as_many_threads_and_nothing_else() ->
         (1, ["a case"]),
     ]
     assert [len(run.rows) for run in results.add(run_of(other)).runs] == [1, 1, 1]
+
+
+def test_rows_of_another_processor_stand_beside_each_other() -> None:
+    here = run_of(ROW)
+    there = replace(here, machine={**here.machine, "processor": "another"}, date="2000-01-01T00:00:00+00:00")
+    results = empty("train", Options()).add(there).add(here).add(here)
+    assert [run.machine["processor"] for run in results.runs] == ["another", here.machine["processor"]]
+    assert "another (" in markdown(results)
+
+
+def test_the_figure_is_of_the_latest_machine() -> None:
+    points = [replace(ROW, case=str(v), notes={"sweep": "experts", "value": v, "tokens": 1}) for v in (8, 16)]
+    here = run_of(*points)
+    there = replace(here, machine={**here.machine, "processor": "another"}, date="2000-01-01T00:00:00+00:00")
+    one = replace(points[0], seconds={OURS: [9.0]})
+    results = empty("train", Options()).add(replace(there, rows=(one,))).add(here)
+    assert sweeps(results)["experts"] == points
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, D model, E experts.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from typing import Any
@@ -159,12 +160,16 @@ class TestModel:
 
     @torch.no_grad()
     def test_no_later_target_changes_an_earlier_output(self, model: EncoderDecoder) -> None:
-        """Not through the experts' places either: those are given in order."""
+        """Not through the experts' places either: those are given in order.
+
+        How many rows an expert has may change how their products are rounded, which is why all is in fp64.
+        """
+        model = copy.deepcopy(model).double()
         sources, targets = tokens(1, 17), tokens(1, 20, seed=1)
         other = targets.clone()
         other[:, 11:] = tokens(1, 9, seed=2)
         first, second = model(sources, targets).logits, model(sources, other).logits
-        assert torch.equal(first[:, :11], second[:, :11])
+        torch.testing.assert_close(first[:, :11], second[:, :11], rtol=1e-12, atol=1e-12)
         assert not torch.allclose(first[:, 11:], second[:, 11:])
 
     @torch.no_grad()

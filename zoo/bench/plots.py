@@ -22,10 +22,12 @@ PANELS = {
 
 
 def sweeps(results: Results) -> dict[str, list[Row]]:
-    """Name → rows in ascending order of the value, of the fewest threads that each sweep was measured with."""
+    """Name → rows in ascending order of the value, of the latest machine and the fewest threads of each sweep."""
     found = {}
     for name in PANELS:
         runs = [run for run in results.runs if any(row.notes.get("sweep") == name for row in run.rows)]
+        latest = max(runs, key=lambda run: run.date).place[:2] if runs else None
+        runs = [run for run in runs if run.place[:2] == latest]
         threads = min((run.threads for run in runs), default=0)
         rows = [row for run in runs if run.threads == threads for row in run.rows if row.notes.get("sweep") == name]
         if rows:

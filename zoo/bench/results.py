@@ -40,10 +40,15 @@ class Run:
     """Commit of the zoo's source and whether it was changed since."""
     rows: tuple[Row, ...] = ()
 
+    @property
+    def place(self) -> tuple[str, str, int]:
+        """Processor, accelerator and threads: times of two places say nothing about each other."""
+        return self.machine["processor"], self.machine.get("accelerator", ""), self.threads
+
 
 @dataclass(frozen=True)
 class Results:
-    """The latest measurement of every case of a subject."""
+    """The latest measurement of every case of a subject in every place."""
 
     bench: str
     device: str
@@ -58,10 +63,10 @@ class Results:
         return f"{self.bench}{device}{'' if self.dtype == 'float32' else f'-{self.dtype}'}"
 
     def add(self, run: Run) -> Results:
-        """With ``run`` in the place of what was measured of its cases before with as many threads."""
+        """With ``run`` in the place of what was measured of its cases before on such a machine with as many threads."""
         new = {row.case for row in run.rows}
         kept = [
-            replace(old, rows=tuple(row for row in old.rows if old.threads != run.threads or row.case not in new))
+            replace(old, rows=tuple(row for row in old.rows if old.place != run.place or row.case not in new))
             for old in self.runs
         ]
         return replace(self, runs=(*(old for old in kept if old.rows), run))

@@ -17,8 +17,9 @@ def text_table(rows: Sequence[Row]) -> str:
 
 
 def markdown(results: Results) -> str:
-    """A table for each run, newest last, under a line that says where and when it was measured."""
-    return "\n\n".join(f"{caption(run)}:\n\n{_markdown_table(run.rows)}" for run in results.runs)
+    """A table for each run, by place and then by date, under a line that says where and when it was measured."""
+    runs = sorted(results.runs, key=lambda run: (run.place, run.date))
+    return "\n\n".join(f"{caption(run)}:\n\n{_markdown_table(run.rows)}" for run in runs)
 
 
 def caption(run: Run) -> str:

@@ -38,9 +38,9 @@ def output_cosines(moe: MoE, x: Tensor) -> Tensor:
     total = torch.zeros(experts, experts, dtype=torch.float64)
     for part in x.split(max(1, _ROWS // experts)):
         counts = torch.full((experts,), len(part), device=x.device)
-        rows = moe.experts(part.repeat(experts, 1), counts).float().view(experts, len(part), -1)
-        unit = F.normalize(rows, dim=-1)
-        total += torch.einsum("itd,jtd->ij", unit, unit).double().cpu()
+        rows = moe.experts(part.repeat(experts, 1), counts).view(experts, len(part), -1)
+        unit = F.normalize(rows.double(), dim=-1)
+        total += torch.einsum("itd,jtd->ij", unit, unit).cpu()
     return total / max(1, len(x))
 
 

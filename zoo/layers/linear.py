@@ -80,7 +80,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x [n, I], weight [O, I], both of any strides → x · weightᵀ [n, O], of any strides. Without gradients."""
-    return _by(_way(x, weight), x, weight)
+    return product_by(_way(x, weight), x, weight)
 
 
 def product_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -90,7 +90,7 @@ def product_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(x, weight.t(), out=out)
         return
     for of_x, of_weight, of_out in _parts(x, weight, out):
-        of_out.copy_(_by(way, of_x, of_weight))
+        of_out.copy_(product_by(way, of_x, of_weight))
 
 
 def add_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -102,7 +102,7 @@ def add_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
         out.addmm_(x, weight.t())
     else:
         for of_x, of_weight, of_out in _parts(x, weight, out):
-            of_out += _by(way, of_x, of_weight)
+            of_out += product_by(way, of_x, of_weight)
 
 
 def _parts(x: Tensor, weight: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -117,7 +117,8 @@ def _parts(x: Tensor, weight: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Ten
         yield from ((x, part, of_out) for part, of_out in zip(weight.split(size), out.split(size, 1), strict=True))
 
 
-def _by(way: Way, x: Tensor, weight: Tensor) -> Tensor:
+def product_by(way: Way, x: Tensor, weight: Tensor) -> Tensor:
+    """``product`` in this way."""
     if way == "onednn":
         return _onednn(x, weight, None)
     if len(x) == 1 and way == "rows":
