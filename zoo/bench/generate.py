@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from zoo.accounting import cache_elements_per_token, count_parameters
-from zoo.bench.peers import EXPERTS, exported, in_litgpt, in_transformers
+from zoo.bench.peers import EXPERTS, GATHERED_BYTES, exported, in_litgpt, in_transformers
 from zoo.bench.rows import LIMIT, OURS, Options, Row
 from zoo.bench.timing import far_behind, interleaved, left_out, reading
 from zoo.compiled import CompiledStep
@@ -53,7 +53,11 @@ def rows(options: Options) -> Iterator[Row]:
                 theirs, lit = in_transformers(published, options), in_litgpt(published, spec, options)
             for (batch, compiled), case in wanted.items():
                 ids = _prompts(ours, batch, options)
-                peers = {f"transformers {experts}": partial(_their_tokens, theirs, experts, ids) for experts in EXPERTS}
+                peers = {
+                    f"transformers {experts}": partial(_their_tokens, theirs, experts, ids)
+                    for experts in EXPERTS
+                    if experts != "batched_mm" or _gathered_bytes(ours, ids) <= GATHERED_BYTES
+                }
                 if lit is not None and batch == 1:
                     peers["litgpt"] = partial(_litgpt_tokens, lit, ids)
                 yield _row(case, ours, peers, ids, compiled, options)
@@ -120,6 +124,14 @@ def _prompts(model: Decoder, batch: int, options: Options) -> Tensor:
     """[batch, PROMPT] int64"""
     generator = torch.Generator().manual_seed(batch)
     return torch.randint(model.config.vocab_size, (batch, PROMPT), generator=generator).to(options.device)
+
+
+def _gathered_bytes(model: Decoder, ids: Tensor) -> int:
+    """Of the weights' copies that transformers' ``batched_mm`` makes in a layer for the prompts."""
+    moe = model.config.moe
+    assert moe is not None
+    matrices = 3 * model.config.hidden_size * moe.moe_intermediate_size
+    return ids.numel() * moe.top_k * matrices * model.embed_tokens.weight.element_size()
 
 
 def _their_tokens(model: Any, experts: str, ids: Tensor) -> list[list[int]]:
