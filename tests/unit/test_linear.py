@@ -116,10 +116,12 @@ def strided(rows: int, columns: int, strides: str) -> Tensor:
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_results_larger_than_a_part(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut along the rows or the outputs, whichever are more, the last part being smaller."""
+    """Cut along the outputs or the rows, the last part being smaller."""
     monkeypatch.setattr("zoo.layers.linear.PART", 1000)
-    for n, outputs in ((37, 301), (301, 37)):
-        x, weight, out = torch.randn(n, 64), torch.randn(outputs, 64), torch.empty(n, outputs)
+    monkeypatch.setattr("zoo.layers.linear.PART_OF_ROWS", 2000)
+    for n, outputs, turned in ((37, 301, False), (301, 37, False), (37, 301, True)):
+        x, out = torch.randn(n, 64), torch.empty(n, outputs)
+        weight = torch.randn(64, outputs).t() if turned else torch.randn(outputs, 64)
         with products_by(library):
             product_into(x, weight, out)
         close(out, x.double() @ weight.double().t())

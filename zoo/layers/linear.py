@@ -42,8 +42,9 @@ ONE_ROW = range(1 << 16, 1 << 18)
 MULTIPLICATIONS = 1 << 19
 """And for so many of more rows; its calls take 10 µs more than MKL's."""
 
-PART = 1 << 18
-"""Numbers of a result of oneDNN, which comes in memory of its own, that are there beside where they go."""
+PART, PART_OF_ROWS = 1 << 20, 1 << 22
+"""Numbers that oneDNN makes at a time of a large result, as what it makes has to be copied to where it goes: of some
+columns, or of some rows, for which it lays out the whole matrix anew."""
 
 _PLAIN = (Tensor, nn.Parameter)
 _asked_for: list[Library] = []
@@ -67,10 +68,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., O].
     """
-    if torch.compiler.is_compiling() or not _onednn_takes(x, weight) or torch.is_autocast_enabled("cpu"):
+    # Sizes first: to ask for all else takes as long as the product of a token in a small model.
+    if torch.compiler.is_compiling() or (way := _onednn_way(x.numel() // weight.shape[1], weight)) == "rows":
         return F.linear(x, weight, bias)
-    way = _way(x.flatten(0, -2), weight)
-    if way == "rows":
+    if not _onednn_takes(x, weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         out: Tensor = _Linear.apply(x, weight, bias, way)
@@ -106,24 +107,25 @@ def add_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
 
 
 def _parts(x: Tensor, weight: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """What makes ``PART`` numbers of ``out`` at a time, so that they stay in the cache until they are where they go."""
-    if out.numel() <= PART:
-        yield x, weight, out
-    elif len(x) > len(weight):
-        size = max(1, PART // len(weight))
-        yield from ((part, weight, of_out) for part, of_out in zip(x.split(size), out.split(size), strict=True))
-    else:
+    """What makes some numbers of ``out`` at a time, so that they are in the cache until they are where they go."""
+    if weight.is_contiguous() and out.numel() > PART and len(weight) >= len(x):
         size = max(1, PART // len(x))
         yield from ((x, part, of_out) for part, of_out in zip(weight.split(size), out.split(size, 1), strict=True))
+    elif out.numel() > PART_OF_ROWS:
+        size = max(1, PART_OF_ROWS // len(weight))
+        yield from ((part, weight, of_out) for part, of_out in zip(x.split(size), out.split(size), strict=True))
+    else:
+        yield x, weight, out
 
 
 def product_by(way: Way, x: Tensor, weight: Tensor) -> Tensor:
     """``product`` in this way."""
     if way == "onednn":
         return _onednn(x, weight, None)
-    if len(x) == 1 and way == "rows":
-        return torch.mv(weight, x[0]).unsqueeze(0)
-    return _columns(x, weight).t() if way == "columns" else torch.mm(x, weight.t())
+    if way == "columns":
+        return _columns(x, weight).t()
+    # MKL's own product of one row is the slower on Intel's CPUs.
+    return F.linear(x, weight) if len(x) > 1 or uses_onednn() else torch.mv(weight, x[0]).unsqueeze(0)
 
 
 def _columns(x: Tensor, weight: Tensor) -> Tensor:
@@ -133,12 +135,20 @@ def _columns(x: Tensor, weight: Tensor) -> Tensor:
 
 def _way(x: Tensor, weight: Tensor) -> Way:
     """How ``product`` is computed."""
-    rows, numbers = len(x), weight.numel()
-    if not _onednn_takes(x, weight):
-        return "columns" if rows in SOME_ROWS and numbers >= LARGE * torch.get_num_threads() else "rows"
+    if uses_onednn():
+        way = _onednn_way(len(x), weight)
+        return way if way == "rows" or _onednn_takes(x, weight) else "rows"
+    many = len(x) in SOME_ROWS and weight.numel() >= LARGE * torch.get_num_threads()
+    return "columns" if many else "rows"
+
+
+def _onednn_way(rows: int, weight: Tensor) -> Way:
+    """The fastest for so many rows where oneDNN is faster than MKL."""
+    outputs, inputs = weight.shape
+    numbers = outputs * inputs
     if rows == 1:
-        return "columns" if numbers in ONE_ROW else "rows" if numbers < ONE_ROW.start else "onednn"
-    if rows in FEW_ROWS and numbers >= FEW_NUMBERS and x.shape[1] <= SHORT:
+        return "rows" if numbers < ONE_ROW.start else "columns" if numbers < ONE_ROW.stop else "onednn"
+    if rows in FEW_ROWS and numbers >= FEW_NUMBERS and inputs <= SHORT:
         return "columns"
     return "onednn" if rows * numbers >= MULTIPLICATIONS else "rows"
 
