@@ -42,6 +42,9 @@ ONE_ROW = range(1 << 16, 1 << 18)
 MULTIPLICATIONS = 1 << 19
 """And for so many of more rows; its calls take 10 µs more than MKL's."""
 
+ROUND = 16
+"""Products of oneDNN have a multiple of so many rows, if they have more."""
+
 PART, PART_OF_ROWS = 1 << 20, 1 << 22
 """Numbers that oneDNN makes at a time of a large result, as what it makes has to be copied to where it goes: of some
 columns, or of some rows, for which it lays out the whole matrix anew."""
@@ -182,11 +185,21 @@ class _Linear(torch.autograd.Function):
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What inductor calls for a linear layer; x and weight of any strides."""
+    """What inductor calls for a linear layer; x [..., I] and weight [O, I] of any strides."""
+    rows = x.flatten(0, -2)
+    count, inputs = rows.shape
+    # New code is made for every shape, which takes as long as many a product: numbers of tokens are rounded up. They
+    # are rows of x, or what is summed over, as in the gradient of a weight, where x is transposed.
+    if rows.stride(1) == 1:
+        if count > ROUND and count % ROUND:
+            rows = F.pad(rows, (0, 0, 0, -count % ROUND))
+    elif inputs % ROUND:
+        rows = F.pad(rows, (0, -inputs % ROUND))
+        weight = F.pad(weight.t(), (0, 0, 0, -inputs % ROUND)).t()
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()  # for others oneDNN has but a loop over single numbers
-    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-    return out
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "none", [], "")
+    return out[:count].unflatten(0, x.shape[:-1])
 
 
 def uses_onednn() -> bool:
