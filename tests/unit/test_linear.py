@@ -76,6 +76,7 @@ def test_nothing_is_kept_for_what_is_frozen(library: Library, frozen: str) -> No
     with products_by(library):
         out = linear(x, weight)
     kept = [t for t in getattr(out.grad_fn, "saved_tensors", ()) if t is not None]
+    assert len(kept) == (library == "onednn"), "torch's own layer keeps its tensors where Python does not see them"
     assert all(t.data_ptr() == (x if frozen == "x" else weight).data_ptr() for t in kept)
     out.sum().backward()
     assert (x.grad is None) == (frozen == "x") and (weight.grad is None) == (frozen == "weight")

@@ -64,6 +64,12 @@ def test_blocks_have_no_word_of_distribution(repository: Path) -> None:
         assert [name for name in ours if not name.startswith(blocks)] == [], path
 
 
+def test_linear_layers_of_blocks_are_ours(repository: Path) -> None:
+    """torch's own would leave their products to MKL where that is slow (``zoo.layers.linear``)."""
+    paths = python_files(repository, *MODEL_PLACES)
+    assert [path for path in paths if "nn.Linear(" in path.read_text()] == []
+
+
 def test_blocks_name_no_family(repository: Path) -> None:
     """In docstrings and comments papers are cited; ``llama3`` is the common name of a rotary scaling."""
     for path in python_files(repository, *MODEL_PLACES):

@@ -80,10 +80,9 @@ class Experts(StackedExperts):
 
         def few() -> bool:
             # torch's grouped product is MKL's: where oneDNN is faster, only for what it is too small for.
-            suits = gate_up[0].numel() <= FEW_WEIGHTS if uses_onednn() else True
-            return (
-                suits and len(x) <= len(down) and not torch.is_grad_enabled() and blocked() and grouped_applies(x, down)
-            )
+            suits = not uses_onednn() or gate_up[0].numel() <= FEW_WEIGHTS
+            fits = len(x) <= len(down) and grouped_applies(x, down)
+            return suits and fits and not torch.is_grad_enabled() and blocked()
 
         one = partial(one_applies, x, gate_up)
         return choose(x, down, {**ways_of_rows(x, down), "blocked": blocked, "few": few, "single": one})
