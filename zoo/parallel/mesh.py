@@ -9,7 +9,10 @@ the sharded and then over the replicated data ranks.
 
 from __future__ import annotations
 
+import atexit
+import time
 from dataclasses import dataclass
+from functools import cache
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -123,6 +126,7 @@ def build_meshes(device_type: str, sizes: MeshSizes) -> Meshes:
             f"pipeline * data_replicate * data_shard * tensor = {factors} = {sizes.world}: the run has {world} "
             f"processes; make the product {world}"
         )
+    _let_threads_finish_at_exit()
     ranks = init_device_mesh(device_type, (world,), mesh_dim_names=("world",))
     stages = unflatten(ranks, (sizes.pipeline, sizes.stage), (PIPELINE, "stage"))
     stage = stages["stage"]
@@ -135,3 +139,14 @@ def build_meshes(device_type: str, sizes: MeshSizes) -> Meshes:
     sparse = unflatten(stage, shape, ("expert_replicate", "expert_shard", EXPERT))
     sparse_data = sparse["expert_replicate", "expert_shard"] if sizes.expert_replicate > 1 else sparse["expert_shard"]
     return Meshes(sizes, stages[PIPELINE], dense, dense_data, sparse, sparse_data)
+
+
+@cache
+def _let_threads_finish_at_exit() -> None:
+    """Leave gloo's threads a moment before the interpreter ends.
+
+    They let go of the tensors of a collective after they have reported it done, and need the interpreter for it: one
+    that asks while the interpreter is ending aborts the program (pytorch issue 190489). Destroying the groups does not
+    end the threads, as meshes, and what DTensor remembers by them, hold the groups.
+    """
+    atexit.register(time.sleep, 0.1)
