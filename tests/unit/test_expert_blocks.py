@@ -137,6 +137,38 @@ def test_blocks_hold_every_row_once_and_whole_experts(counts: list[int], limit: 
     assert all(len(block) <= limit or len(block.experts) == 1 for block in blocks)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 4), st.integers(1, 8), st.integers(0, 1000))
+def test_spare_rows_change_nothing(tokens: int, num_experts: int, top_k: int, multiple: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    x, routing = routed(tokens, num_experts, min(top_k, num_experts))
+    weights = parameters(num_experts)
+    leaves = (x, routing.weights, *weights)
+    with pytest.MonkeyPatch.context() as patch:
+        results = []
+        for _ in range(2):
+            out = mix_blocked(x, routing, *weights, block_rows=7)
+            results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+            patch.setattr("zoo.moe.blocked.rows_of_product", lambda count, _: count + -count % multiple)
+    for plain, spare in zip(*results, strict=True):
+        torch.testing.assert_close(spare, plain, rtol=1e-10, atol=1e-10)  # sums of numbers up to some hundreds
+
+
+def test_with_spare_rows_what_is_not_finite_stays_with_its_token_and_expert() -> None:
+    """The second of three tokens overflows, and goes to the middle of three experts alone."""
+    gate_up, down = parameters(3)
+    experts = torch.tensor([[0], [1], [2]])
+    weights, scores = torch.rand(3, 1, dtype=torch.float64), torch.rand(3, 3, dtype=torch.float64)
+    x = torch.randn(3, D, dtype=torch.float64)
+    x[1] = 1e300
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zoo.moe.blocked.rows_of_product", lambda count, _: count + 3)
+        out = mix_blocked(x, RouterOutput(scores, scores, weights, experts), gate_up, down)
+    gradients = torch.autograd.grad(out.sum(), (gate_up, down))
+    for found in (out, *gradients):
+        assert [bool(part.isfinite().all()) for part in found] == [True, False, True]
+
+
 def layer(name: str = "mixtral-tiny", dtype: torch.dtype = torch.float32) -> MoE:
     tiny = find_spec(name).model
     config = dataclasses.replace(tiny, num_layers=1, vocab_size=64)
@@ -174,21 +206,35 @@ def test_half_precision_keeps_to_rows(mixed: bool) -> None:
             assert torch.equal(tokens, rows)
 
 
-def test_recomputed_in_a_checkpoint_it_is_the_same() -> None:
+@pytest.mark.parametrize("block_rows", [None, 4])
+def test_recomputed_it_is_the_same(block_rows: int | None) -> None:
     torch.manual_seed(0)
     x, routing = routed(20, 6, 3)
     weights = parameters(6)
     leaves = (x, routing.weights, *weights)
 
-    def mix(x: Tensor, routing: RouterOutput) -> Tensor:
-        return mix_blocked(x, routing, *weights)
+    def mix(x: Tensor, routing: RouterOutput, keep: bool = True) -> Tensor:
+        return mix_blocked(x, routing, *weights, block_rows=block_rows, keep=keep)
 
-    results = [
-        torch.autograd.grad(way(x, routing).square().sum(), leaves)
-        for way in (mix, lambda *args: checkpoint(mix, *args, use_reentrant=False))
-    ]
-    for plain, again in zip(*results, strict=True):
-        assert torch.equal(plain, again)
+    losses = (mix(x, routing), checkpoint(mix, x, routing, use_reentrant=False), mix(x, routing, keep=False))
+    kept, *others = [torch.autograd.grad(loss.square().sum(), leaves) for loss in losses]
+    for other in others:
+        for plain, again in zip(kept, other, strict=True):
+            assert torch.equal(plain, again)
+
+
+def test_without_pre_activations_kept_little_is() -> None:
+    x, routing = routed(20, 6, 3)
+    weights = parameters(6)
+    known = {t.data_ptr() for t in (x, routing.weights, *weights)}
+    kept = []
+    for keep in (True, False):
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            mix_blocked(x, routing, *weights, keep=keep)
+        kept.append(sum(t.numel() for t in saved if t.is_floating_point() and t.data_ptr() not in known))
+    pre_activations = 20 * 3 * 2 * weights[1].shape[2]
+    assert kept[0] - kept[1] == pre_activations and kept[1] <= 20 * 3
 
 
 def test_the_gradient_can_be_taken_twice_from_one_graph() -> None:

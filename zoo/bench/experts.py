@@ -12,7 +12,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from zoo.bench.layer import INPUTS, MANY, SHAPES, Layer, few_and_many, one_layer
+from zoo.bench.layer import INPUTS, MANY, SHAPES, Layer, Pass, one_layer, passes
 from zoo.bench.peers import check_equal
 from zoo.bench.rows import OURS, Options, Row
 from zoo.bench.timing import interleaved
@@ -23,20 +23,20 @@ from zoo.moe.ways import Way, computed_as
 def rows(options: Options) -> Iterator[Row]:
     """Seconds of a call of every case that ``options`` asks for."""
     for name, shape in SHAPES.items():
-        wanted = {case: sizes for case, sizes in few_and_many(name).items() if options.wants(case)}
+        wanted = {case: of for case, of in passes(name).items() if options.wants(case)}
         if wanted:
             layer, _ = one_layer(shape, options)
-            for case, (tokens, backward) in wanted.items():
-                yield _row(case, layer, shape.hidden_size, tokens, backward, options)
+            for case, of in wanted.items():
+                yield _row(case, layer, shape.hidden_size, of, options)
 
 
-def _row(case: str, moe: MoE, hidden_size: int, tokens: int, backward: bool, options: Options) -> Row:
+def _row(case: str, moe: MoE, hidden_size: int, of: Pass, options: Options) -> Row:
     generator = torch.Generator().manual_seed(0)
-    few = tokens < MANY
-    inputs = torch.randn((INPUTS if few else 1, 1, tokens, hidden_size), generator=generator)
+    few = of.tokens < MANY
+    inputs = torch.randn((INPUTS if few else 1, 1, of.tokens, hidden_size), generator=generator)
     inputs = inputs.to(options.device, options.dtype)
     layer = Layer(lambda x: moe(x)[0], moe)
-    call = layer.forward_and_backward if backward else layer.forward
+    call = layer.forward_and_backward if of.backward else layer.forward
     calls: dict[str, Callable[[], None]] = {OURS: _turns(call, inputs)}
     with torch.no_grad():
         expected = moe(inputs[0])[0]

@@ -2,6 +2,7 @@
 
 Over many tokens the limit is a dense SwiGLU with the same active FLOPs; over few, reading the weights that they touch,
 each once. Memory is what a call needs at its peak without the gradients of the weights, which every way has to make.
+Recomputed, ours keeps no activations of the experts for the backward pass, as `parallel.recompute: experts` has it.
 
 Shapes: T tokens, D model, F FFN, E experts, K top-k.
 """
@@ -9,7 +10,7 @@ Shapes: T tokens, D model, F FFN, E experts, K top-k.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
@@ -26,6 +27,7 @@ from zoo.config import ModelSpec
 from zoo.layers.ffn import SwiGLU
 from zoo.model import Decoder, build
 from zoo.moe.layer import MoE
+from zoo.parallel.apply import replace_forward
 from zoo.registry import find_spec
 from zoo.training.memory import freed_memory_kept
 
@@ -80,6 +82,16 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Pass:
+    """What is done with so many tokens."""
+
+    tokens: int
+    backward: bool = False
+    recompute: bool = False
+    """Whether ours computes activations of experts again in the backward pass."""
+
+
+@dataclass(frozen=True)
 class Layer:
     """A way to compute a layer."""
 
@@ -114,23 +126,40 @@ COST = {f"cost, {experts} experts": Shape("mixtral", 512, 512, experts, 2) for e
 def rows(options: Options) -> Iterator[Row]:
     """Seconds of a call of every case that ``options`` asks for."""
     for name, shape in {**SHAPES, **COST}.items():
-        cases = few_and_many(name) if name in SHAPES else {_trained(name): (MANY, True)}
-        wanted = {case: sizes for case, sizes in cases.items() if options.wants(case)}
+        cases = passes(name)
+        if name in COST:
+            cases = {case: of for case, of in cases.items() if of.backward}
+        else:
+            again = replace(cases[_trained(name)], recompute=True)
+            cases[f"{name}, forward + backward, recomputed, T {MANY:,}"] = again
+        wanted = {case: of for case, of in cases.items() if options.wants(case)}
         if wanted:
             ours, ways = layers(shape, options)
             with freed_memory_kept() if name in COST else nullcontext():  # as in training
-                for case, (tokens, backward) in wanted.items():
-                    yield measured(case, shape, ours, ways, tokens, backward, options)
+                for case, of in wanted.items():
+                    with _recomputed(ours) if of.recompute else nullcontext():
+                        yield measured(case, shape, ours, ways, of, options)
 
 
-def few_and_many(name: str) -> dict[str, tuple[int, bool]]:
-    """Case → (tokens, whether with a backward pass)."""
-    cases = {_trained(name): (MANY, True), f"{name}, forward, T {MANY:,}": (MANY, False)}
-    return cases | {f"{name}, forward, T {tokens}": (tokens, False) for tokens in FEW}
+def passes(name: str) -> dict[str, Pass]:
+    """Case → what is done, of a layer of this name."""
+    forward = {f"{name}, forward, T {tokens:,}": Pass(tokens) for tokens in (MANY, *FEW)}
+    return {_trained(name): Pass(MANY, backward=True), **forward}
 
 
 def _trained(name: str) -> str:
     return f"{name}, forward + backward, T {MANY:,}"
+
+
+@contextmanager
+def _recomputed(layer: MoE) -> Iterator[None]:
+    """Within the block the experts of ``layer`` keep no activations."""
+    experts = layer.experts
+    replace_forward(experts, partial(experts.forward_again, experts.forward))
+    try:
+        yield
+    finally:
+        del vars(experts)["forward"]
 
 
 def one_layer(shape: Shape, options: Options) -> tuple[MoE, Decoder]:
@@ -160,10 +189,9 @@ def layers(shape: Shape, options: Options) -> tuple[MoE, dict[str, Layer]]:
     return ours, {OURS: Layer(lambda x: ours(x)[0], ours), **peers}
 
 
-def measured(
-    case: str, shape: Shape, ours: MoE, ways: Mapping[str, Layer], tokens: int, backward: bool, options: Options
-) -> Row:
+def measured(case: str, shape: Shape, ours: MoE, ways: Mapping[str, Layer], of: Pass, options: Options) -> Row:
     """Seconds of ours, of every peer and of the limit on the same inputs, after their results were found equal."""
+    tokens, backward = of.tokens, of.backward
     generator = torch.Generator().manual_seed(0)
     few = tokens in FEW
     inputs = torch.randn((INPUTS if few else 1, 1, tokens, shape.hidden_size), generator=generator)

@@ -9,6 +9,7 @@ Shapes: I inputs, O outputs, n rows.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,16 +110,29 @@ def add_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
             of_out += product_by(way, of_x, of_weight)
 
 
+def rows_of_product(count: int, weight: Tensor) -> int:
+    """Of how many rows a product of ``count`` with ``weight`` [O, I] is best made: see ``ROUND``."""
+    if count <= ROUND or not uses_onednn() or weight.dtype is not torch.float32 or not weight.is_cpu:
+        return count
+    return count + -count % ROUND if _onednn_way(count, weight) == "onednn" else count
+
+
 def _parts(x: Tensor, weight: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """What makes some numbers of ``out`` at a time, so that they are in the cache until they are where they go."""
     if weight.is_contiguous() and out.numel() > PART and len(weight) >= len(x):
-        size = max(1, PART // len(x))
+        size = _even(len(weight), out.numel() / PART)
         yield from ((x, part, of_out) for part, of_out in zip(weight.split(size), out.split(size, 1), strict=True))
     elif out.numel() > PART_OF_ROWS:
-        size = max(1, PART_OF_ROWS // len(weight))
+        size = _even(len(x), out.numel() / PART_OF_ROWS)
+        x = x.contiguous()  # at once: transposing some columns of a matrix takes several times as long
         yield from ((part, weight, of_out) for part, of_out in zip(x.split(size), out.split(size), strict=True))
     else:
         yield x, weight, out
+
+
+def _even(rows: int, parts: float) -> int:
+    """Rows of each of at least so many equal parts."""
+    return math.ceil(rows / min(rows, math.ceil(parts)))
 
 
 def product_by(way: Way, x: Tensor, weight: Tensor) -> Tensor:
@@ -192,14 +206,22 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # are rows of x, or what is summed over, as in the gradient of a weight, where x is transposed.
     if rows.stride(1) == 1:
         if count > ROUND and count % ROUND:
-            rows = F.pad(rows, (0, 0, 0, -count % ROUND))
+            rows = _with_zeros(rows, -count % ROUND)
     elif inputs % ROUND:
-        rows = F.pad(rows, (0, -inputs % ROUND))
-        weight = F.pad(weight.t(), (0, 0, 0, -inputs % ROUND)).t()
+        rows, weight = (_with_zeros(matrix.t(), -inputs % ROUND).t() for matrix in (rows, weight))
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()  # for others oneDNN has but a loop over single numbers
     out: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "none", [], "")
     return out[:count].unflatten(0, x.shape[:-1])
+
+
+def _with_zeros(matrix: Tensor, count: int) -> Tensor:
+    """``matrix`` with so many rows of zeros after its own."""
+    rows = len(matrix)
+    out = matrix.new_empty(rows + count, matrix.shape[1])
+    out[:rows] = matrix
+    out[rows:].zero_()
+    return out
 
 
 def uses_onednn() -> bool:

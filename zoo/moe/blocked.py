@@ -1,7 +1,8 @@
 """Experts on the CPU, in blocks of sorted rows that stay in the cache, with a backward pass written by hand.
 
 Rows are gathered, computed, weighted and summed back into their tokens block by block: of the [N, D] rows only those of
-a block exist at a time, and kept for the backward pass are the input, the routing and the pre-activations [N, 2F].
+a block exist at a time, and kept for the backward pass are the input, the routing and, unless they are computed again,
+the pre-activations [N, 2F].
 
 A routing weight w multiplies an expert's inner activations h, which is the same as multiplying its output. Then its own
 gradient needs no output of the expert: with g the gradient of the token, it is (downᵀ g) · h, and downᵀ g is there.
@@ -21,8 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.layers.ffn import Activation, gelu_tanh
-from zoo.layers.linear import add_product, product, product_into
-from zoo.moe.dispatch import assign
+from zoo.layers.linear import add_product, product, product_into, rows_of_product
+from zoo.moe.dispatch import Assignment, assign
 from zoo.moe.router import RouterOutput
 
 BLOCK_NUMBERS = 2**20
@@ -115,6 +116,7 @@ def mix_blocked(
     down: Tensor,
     activation: Activation = F.silu,
     block_rows: int | None = None,
+    keep: bool = True,
 ) -> Tensor:
     """Each token's sum of weight · expert(x) over its experts.
 
@@ -122,18 +124,41 @@ def mix_blocked(
         x: [T, D] fp32 or fp64. routing: of its tokens. gate_up: [E, 2, F, D]. down: [E, D, F].
         activation: of the gate, one that has its derivative here.
         block_rows: as ``blocks_of``'s limit; by default for ``BLOCK_NUMBERS``.
+        keep: the pre-activations for the backward pass, which otherwise computes those of one block after the other.
 
     Returns:
         [T, D].
     """
     assignment = assign(routing)
+    token, weight, counts = assignment.token, assignment.weight, assignment.counts.tolist()
+    wanted = [rows_of_product(count, down[0]) for count in counts]
+    if wanted != counts:
+        token, weight = with_spare_rows(assignment, wanted)
     limit = block_rows or max(256, BLOCK_NUMBERS // (down.shape[1] + 3 * down.shape[2]))
-    gate, blocks = _GATES[activation], blocks_of(assignment.counts.tolist(), limit)
-    leaves = (x, assignment.weight, gate_up, down)
+    gate, blocks = _GATES[activation], blocks_of(wanted, limit)
+    leaves = (x, weight, gate_up, down)
     if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
-        mixed: Tensor = _Mix.apply(*leaves, assignment.token, blocks, gate)
+        mixed: Tensor = _Mix.apply(*leaves, token, blocks, gate, keep)
         return mixed
-    return _forward(*leaves, assignment.token, blocks, gate, None)
+    return _forward(*leaves, token, blocks, gate, None)
+
+
+def with_spare_rows(assignment: Assignment, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Give each expert so many rows, at least as many as it has; experts without any stay so.
+
+    The rows that are added repeat the expert's last one with weight zero. So they add nothing to any sum or gradient,
+    and what is not finite does not get to other experts or tokens.
+
+    Returns:
+        token [M], weight [M]
+    """
+    ends = assignment.counts.cumsum(0)
+    wanted = torch.tensor(counts)
+    expert = torch.repeat_interleave(wanted, output_size=sum(counts))
+    spare = (wanted - assignment.counts).cumsum(0) - (wanted - assignment.counts)  # of the experts before
+    place, last = torch.arange(len(expert)) - spare[expert], ends[expert] - 1
+    row = torch.minimum(place, last)
+    return assignment.token[row], assignment.weight[row].where(place <= last, 0)
 
 
 @dataclass(frozen=True)
@@ -219,8 +244,9 @@ class _Mix(torch.autograd.Function):
         token: Tensor,
         blocks: list[Block],
         gate: _Gate,
+        keep: bool,
     ) -> Tensor:
-        kept = x.new_empty(len(token), 2 * down.shape[2])
+        kept = x.new_empty(len(token), 2 * down.shape[2]) if keep else None
         ctx.save_for_backward(x, weight, gate_up, down, token, kept)
         ctx.blocks, ctx.gate = blocks, gate
         return _forward(x, weight, gate_up, down, token, blocks, gate, kept)
@@ -240,10 +266,17 @@ class _Mix(torch.autograd.Function):
         d_down_weights = None if d_down is None else d_down.unbind()
         row_buffer, inner_buffer = x.new_empty(size, x.shape[1]), x.new_empty(size, width)
         both_buffer = x.new_empty(size, 2 * width)
+        again_buffer = x.new_empty(size, 2 * width) if kept is None else None
         for block in ctx.blocks:
             tokens, n = token[block.rows], len(block)
             w = weight[block.rows, None]
-            gate, up = kept[block.rows].chunk(2, dim=1)
+            if again_buffer is None:
+                both = kept[block.rows]
+            else:
+                both = again_buffer[:n]
+                rows = torch.index_select(x, 0, tokens, out=row_buffer[:n])
+                _products(block, rows, gate_up.flatten(1, 2).unbind(), both)
+            gate, up = both.chunk(2, dim=1)
             rows = torch.index_select(gradient, 0, tokens, out=row_buffer[:n])
             d_inner, d_both = inner_buffer[:n], both_buffer[:n]
             d_gate, d_up = d_both.chunk(2, dim=1)
@@ -267,4 +300,4 @@ class _Mix(torch.autograd.Function):
             for of_experts in (d_up_weights, d_down_weights):
                 if of_experts is not None:
                     of_experts[expert].zero_()
-        return d_x, d_weight, d_gate_up, d_down, None, None, None
+        return d_x, d_weight, d_gate_up, d_down, None, None, None, None

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from zoo.layers.ffn import Activation, gelu_tanh
 from zoo.layers.linear import linear, uses_onednn
@@ -38,6 +39,14 @@ class StackedExperts(nn.Module, ABC):
         """
         assert isinstance(of, Tensor), "these experts take rows only"
         return self.compute(x, of, *self.weights)
+
+    def forward_again(self, forward: Callable[..., Tensor], x: Tensor, of: Tensor | RouterOutput) -> Tensor:
+        """``forward(x, of)``, which is this module's own or stands for it, keeping no activations of the experts.
+
+        What the backward pass needs of them it computes again.
+        """
+        out: Tensor = checkpoint(forward, x, of, use_reentrant=False)
+        return out
 
     def mixes(self, x: Tensor) -> bool:
         """Whether tokens x [T, D] are best given to ``forward`` as they are, not sorted into rows."""
@@ -68,6 +77,12 @@ class Experts(StackedExperts):
         if not isinstance(of, RouterOutput):
             return super().forward(x, of)
         return OF_TOKENS[self.way(x)](x, of, self.gate_up, self.down, self.activation)
+
+    def forward_again(self, forward: Callable[..., Tensor], x: Tensor, of: Tensor | RouterOutput) -> Tensor:
+        """See ``StackedExperts``. The blocks compute again what they need, where a checkpoint would compute all."""
+        if isinstance(of, RouterOutput) and self.way(x) == "blocked":
+            return mix_blocked(x, of, self.gate_up, self.down, self.activation, keep=False)
+        return super().forward_again(forward, x, of)
 
     def mixes(self, x: Tensor) -> bool:
         """See ``StackedExperts``."""

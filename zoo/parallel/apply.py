@@ -153,13 +153,12 @@ def recompute_activations(model: Decoder, recompute: Literal["none", "experts", 
 
     Gradients stay what they are: routing is computed from the same numbers, and random ones are drawn again.
     """
-    modules: list[nn.Module] = []
     if recompute == "block":
-        modules = [*model.layers, *model.mtp]
+        for module in [*model.layers, *model.mtp]:
+            replace_forward(module, partial(checkpoint, module.forward, use_reentrant=False))
     elif recompute == "experts":
-        modules = [moe.experts for _, moe in moe_layers(model)]
-    for module in modules:
-        replace_forward(module, partial(checkpoint, module.forward, use_reentrant=False))
+        for _, moe in moe_layers(model):
+            replace_forward(moe.experts, partial(moe.experts.forward_again, moe.experts.forward))
 
 
 def moe_layers(model: nn.Module) -> Iterator[tuple[str, MoE]]:
