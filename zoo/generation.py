@@ -63,7 +63,7 @@ def generate(
         eos_id: token or tokens that end a continuation.
         stop: ends a continuation by its tokens so far.
         seed: of the drawing; ``None`` draws from torch's global generator.
-        step: computes what follows each new token, such as a ``zoo.compiled.CompiledStep`` of one prompt.
+        step: computes what follows each new token, such as a ``zoo.compiled.CompiledStep``.
 
     Raises:
         ValueError: an empty prompt, a token id outside the vocabulary, prompt and new tokens together beyond the

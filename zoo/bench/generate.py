@@ -42,7 +42,7 @@ def rows(options: Options) -> Iterator[Row]:
     for name, spec in _specs().items():
         cases = {(batch, False): f"{name}, batch {batch}" for batch in BATCHES}
         if options.device == "cpu":
-            cases[1, True] = f"{name}, compiled, batch 1"
+            cases |= {(batch, True): f"{name}, compiled, batch {batch}" for batch in BATCHES}
         wanted = {way: case for way, case in cases.items() if options.wants(case)}
         rounded = {kind: f"{name}, {kind}, batch 1" for kind in KINDS if name == ROUNDED and options.device == "cpu"}
         rounded = {kind: case for kind, case in rounded.items() if options.wants(case)}
@@ -75,7 +75,7 @@ def _row(
     options: Options,
 ) -> Row:
     batch = len(ids)
-    step = CompiledStep(ours) if compiled else decode_step
+    step = CompiledStep(ours, several=batch > 1) if compiled else decode_step
     ways: dict[str, Callable[[], Any]] = {OURS: partial(generate, ours, ids, max_new_tokens=NEW, step=step), **peers}
     expected, once, equal = ways[OURS](), dict[str, float](), []
     for name, way in ways.items():

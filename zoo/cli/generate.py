@@ -107,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile",
         action="store_true",
         help="compile the step of a token first, with g++ (up to a minute; seconds the next time): twice the "
-        "tokens/s of a small model on a CPU; several prompts go one by one",
+        "tokens/s of a small model on a CPU",
     )
     parser.add_argument("--device", metavar="DEVICE", help="such as cuda; the GPU by default if there is one")
     parser.add_argument(
@@ -141,13 +141,14 @@ def run(args: argparse.Namespace) -> int:
         prompt = _Prompt(name, own, prefix + own, tokenizer.encode(prefix + own, bos=tokenizer.add_bos))
         check_prompt(model, prompt.ids, args.max_new_tokens, name)
         prompts.append(prompt)
-    args.step = _step(model, args.compile)
+    args.batch_size = 1 if args.speculative else min(args.batch_size, len(prompts))
+    args.step = _step(model, args.compile, args.batch_size > 1)
     (_show_one if args.prompts is None and len(prompts) == 1 else _show_many)(model, tokenizer, prompts, args)
     return 0
 
 
-def _step(model: Decoder, compiled: bool) -> Step:
-    """What computes each token after the prompt."""
+def _step(model: Decoder, compiled: bool, several: bool) -> Step:
+    """What computes each token after the prompt, or after several at a time."""
     from zoo.generation import decode_step
 
     if not compiled:
@@ -155,7 +156,7 @@ def _step(model: Decoder, compiled: bool) -> Step:
     from zoo.compiled import CompiledStep
 
     print("Compiling the step of a token ...", file=sys.stderr)
-    return CompiledStep(model)
+    return CompiledStep(model, several=several)
 
 
 def _texts(given: Sequence[str]) -> list[tuple[str, str]]:
@@ -213,7 +214,7 @@ def _show_many(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[_Prompt],
 
     start = time.perf_counter()
     prefix = None if args.speculative else shared_prefix(model, [prompt.ids for prompt in prompts])
-    size = 1 if args.speculative or args.compile else args.batch_size
+    size = args.batch_size
     everything: list[_Continuation] = []
     with tqdm(total=len(prompts) * args.max_new_tokens, desc="Generating", unit="token", delay=2, disable=None) as bar:
         for number, first in enumerate(range(0, len(prompts), size)):
