@@ -38,8 +38,8 @@ EXPERTS = (Experts, GEGLUExperts, DropoutExperts, ClampedExperts)
 LARGE = 1 << 20
 """Numbers in an expert's weights that the cache of a core does not hold: one that several rows go through is read for
 each of them here, and once in ``decode_step``."""
-READINGS = 2
-"""So many, in the mean over large experts, are still faster than hundreds of calls."""
+READINGS = 1
+"""So many of each large expert, in the mean, are faster than hundreds of calls."""
 OPTIONS: dict[str, Any] = {"fullgraph": True, "isolate_recompiles": True, "options": {"cpp_wrapper": True}}
 """Of ``torch.compile``: one graph or an error, a model's apart from another's, and no Python between its loops."""
 
