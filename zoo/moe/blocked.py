@@ -267,6 +267,7 @@ class _Mix(torch.autograd.Function):
         row_buffer, inner_buffer = x.new_empty(size, x.shape[1]), x.new_empty(size, width)
         both_buffer = x.new_empty(size, 2 * width)
         again_buffer = x.new_empty(size, 2 * width) if kept is None else None
+        again_weights = gate_up.flatten(1, 2).unbind() if kept is None else ()
         for block in ctx.blocks:
             tokens, n = token[block.rows], len(block)
             w = weight[block.rows, None]
@@ -275,7 +276,7 @@ class _Mix(torch.autograd.Function):
             else:
                 both = again_buffer[:n]
                 rows = torch.index_select(x, 0, tokens, out=row_buffer[:n])
-                _products(block, rows, gate_up.flatten(1, 2).unbind(), both)
+                _products(block, rows, again_weights, both)
             gate, up = both.chunk(2, dim=1)
             rows = torch.index_select(gradient, 0, tokens, out=row_buffer[:n])
             d_inner, d_both = inner_buffer[:n], both_buffer[:n]
