@@ -31,7 +31,7 @@ class _Backend(Protocol):
     file_name: str
     vocab_size: int
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def encode(self, texts: Sequence[str], threads: int) -> list[list[int]]: ...
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def token_to_id(self, token: str) -> int | None: ...
@@ -57,9 +57,8 @@ class _SentencePiece:
                 f"to be converted to {HF_FILE} first)"
             )
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        # num_threads=1: the default takes every core of the machine.
-        return self._model.encode(list(texts), out_type=int, num_threads=1)
+    def encode(self, texts: Sequence[str], threads: int) -> list[list[int]]:
+        return self._model.encode(list(texts), out_type=int, num_threads=threads)
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = self._model.encode(text, return_type="offset_mapping")
@@ -98,7 +97,8 @@ class _HFTokenizer:
         # Added tokens may leave gaps, so the highest id counts and not the number of entries.
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[str], threads: int) -> list[list[int]]:
+        # The library has threads of its own, as many as its environment variables say.
         return [e.ids for e in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -138,8 +138,8 @@ class Tokenizer:
         add_bos, add_eos: whether a sequence is meant to begin with ``bos_id`` and end with ``eos_id`` (transformers'
             ``add_bos_token`` and ``add_eos_token``). ``encode`` does not act on them: the caller says what it wants.
 
-    One difference to transformers is wanted: a sentencepiece model is run by sentencepiece, so a special token that is
-    spelled out in a text (``</s>``) stays text.
+    Two differences to transformers 5 are wanted. A sentencepiece model is run by sentencepiece, so a special token that
+    is spelled out in a text (``</s>``) stays text, and a space that a text begins with is a token as the model has it.
     """
 
     def __init__(self, backend: _Backend, special: _Special, files: dict[str, bytes]) -> None:
@@ -195,15 +195,21 @@ class Tokenizer:
         """
         return self.encode_batch([text], bos=bos, eos=eos)[0]
 
-    def encode_batch(self, texts: Sequence[str], bos: bool = False, eos: bool = False) -> list[list[int]]:
-        """Like ``encode`` for every text, several times faster for many."""
+    def encode_batch(
+        self, texts: Sequence[str], bos: bool = False, eos: bool = False, threads: int = 1
+    ) -> list[list[int]]:
+        """Like ``encode`` for every text, several times faster for many.
+
+        Args:
+            threads: of sentencepiece; those of the tokenizers library are set by ``RAYON_NUM_THREADS``.
+        """
         if bos and self.bos_id is None:
             raise ValueError("bos=True: this tokenizer has no beginning-of-sequence token; name one in its config")
         if eos and self.eos_id is None:
             raise ValueError("eos=True: this tokenizer has no end-of-sequence token; name one in its config")
         head = [self.bos_id] if bos and self.bos_id is not None else []
         tail = [self.eos_id] if eos and self.eos_id is not None else []
-        encoded = self._backend.encode(texts)
+        encoded = self._backend.encode(texts, threads)
         return [head + ids + tail for ids in encoded] if head or tail else encoded
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:

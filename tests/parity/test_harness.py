@@ -188,6 +188,23 @@ def test_loglikelihood_equals_a_loop_over_tokens(lm: ZooLM) -> None:
     assert results[0][1] and not results[2][1], "one continuation should be the greedy one, and one not"
 
 
+def test_odd_texts_are_tokenised_as_by_lm_evals_hf_model(lm: ZooLM, hf: HFLM) -> None:
+    """Spaces at the end of a context, no context, BOS spelled out, and one text as context and as whole."""
+    pairs = [
+        ("", "The dog"),
+        ("The dog ran \n\n ", " and ran"),
+        ("The", " dog ran"),
+        ("The dog", " ran"),
+        ("The dog ran", " and"),
+        ("<s>The dog", " ran"),
+    ]
+    requests = [request("loglikelihood", *pair) for pair in pairs]
+    ours = lm.loglikelihood(requests, disable_tqdm=True)
+    # One by one: lm-eval 0.4.13 mixes up requests that cut one text in different places.
+    theirs = [hf.loglikelihood([one], disable_tqdm=True)[0] for one in requests]
+    assert [score for score, _ in ours] == pytest.approx([score for score, _ in theirs], abs=1e-3)
+
+
 def test_rolling_loglikelihood_predicts_every_token_once(lm: ZooLM, hf: HFLM, shared_data: Path) -> None:
     text = (shared_data / "text" / "tinystories_sample.txt").read_text(encoding="utf-8")
     texts = [text[:150], text[:3000], text[500:2500]]

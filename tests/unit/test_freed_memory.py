@@ -33,6 +33,8 @@ def resident():
 
 outside, before = settled(), resident()
 with freed_memory_kept() as kept:
+    with freed_memory_kept():
+        pass  # the end of this one changes nothing
     inside, during = settled(), resident()
 print(kept, outside, inside, during - before, resident() - before)
 """

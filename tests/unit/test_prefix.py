@@ -17,7 +17,7 @@ from zoo.model import Decoder
 from zoo.prefix import compute_prefix, shared_prefix
 from zoo.registry import find_spec, model_names
 
-VOCABULARY, SHARED, NEW = 64, 120, 4
+VOCABULARY, SHARED, NEW = 64, 240, 4
 SPAN = 24
 """Tokens of a window or a chunk, fewer than are shared."""
 
@@ -96,12 +96,12 @@ def test_a_prefix_is_continued_many_times_and_stays_as_it_is(name: str) -> None:
         assert continued == alone(model, prompts)
         assert count() == len(prompts) * (max(map(len, prompts)) - SHARED + NEW - 1)
     # What prompts share beyond the prefix is computed once as well, and a longer prefix from a shorter one.
-    further = BEGINNING + words(5, 120)
+    further = BEGINNING + words(5, 240)
     prompts = [further + words(n, n) for n in (2, 3, 4, 5)]
     with tokens_computed(model) as count:
         continued = zoo.generate(model, prompts, max_new_tokens=NEW, prefix=prefix)
     assert continued == alone(model, prompts)
-    assert count() == 120 + len(prompts) * (5 + NEW - 1)
+    assert count() == 240 + len(prompts) * (5 + NEW - 1)
     assert prefix.cache.length == SHARED
     longer = compute_prefix(model, further, prefix)
     assert zoo.generate(model, prompts, max_new_tokens=NEW, prefix=longer) == continued
@@ -148,8 +148,8 @@ def test_prefixes_that_do_not_fit_are_named() -> None:
     prefix = compute_prefix(model, BEGINNING)
     other = [*BEGINNING[:7], (BEGINNING[7] + 1) % VOCABULARY, *BEGINNING]
     for prompt, message in (
-        (other, "prompt 1 leaves the prefix of 120 tokens after 7: give whole prompts"),
-        (BEGINNING[:9], "prompt 1 leaves the prefix of 120 tokens after 9"),
+        (other, "prompt 1 leaves the prefix of 240 tokens after 7: give whole prompts"),
+        (BEGINNING[:9], "prompt 1 leaves the prefix of 240 tokens after 9"),
         (BEGINNING, "prompt 1 is the prefix itself"),
     ):
         with pytest.raises(ValueError, match=message):

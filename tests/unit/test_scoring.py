@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from zoo.config import ModelConfig
 from zoo.harness.lm import Request, ZooLM
 from zoo.harness.prefixes import Group, Input, batches, grouped, padded
 from zoo.model import Decoder
+from zoo.prefix import FORWARD_COSTS
 from zoo.registry import find_spec
 from zoo.tokenizer import Tokenizer
 
@@ -208,6 +211,29 @@ def test_inputs_of_unlike_length_are_not_padded_to_one() -> None:
     inputs = [Input(tuple([n] * n), n - 1) for n in lengths]
     forwards = [[len(one.tokens) for one in forward] for forward in padded(inputs, 4096)]
     assert forwards == [[1000, 990], [100, 99, 98, 97, 10]]
+
+
+@given(
+    st.lists(st.integers(1, 600), min_size=1, max_size=9, unique=True), st.integers(600, 3000), st.integers(600, 5000)
+)
+@settings(max_examples=100, deadline=None)
+def test_no_other_cut_of_the_sorted_inputs_takes_less(lengths: list[int], budget: int, slots: int) -> None:
+    past = 20
+    lengths = sorted((past + length for length in lengths), reverse=True)
+    inputs = [Input(tuple([n] * n), n - 1) for n in lengths]
+
+    def cost(forwards: list[list[int]]) -> float:
+        within = all(
+            len(forward) == 1 or (len(forward) * (forward[0] - past) <= budget and len(forward) * forward[0] <= slots)
+            for forward in forwards
+        )
+        return sum(len(forward) * (forward[0] - past) + FORWARD_COSTS for forward in forwards) if within else math.inf
+
+    planned = [[len(one.tokens) for one in forward] for forward in padded(inputs, budget, past, slots)]
+    assert [length for forward in planned for length in forward] == lengths
+    inner = range(1, len(lengths))
+    cuts = [[0, *some, len(lengths)] for count in range(len(lengths)) for some in combinations(inner, count)]
+    assert cost(planned) == min(cost([lengths[a:b] for a, b in pairwise(ends)]) for ends in cuts)
 
 
 def test_examples_that_all_contexts_begin_with_are_computed_once(repository: Path) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from zoo.harness.prefixes import Group, Input, batches, grouped, padded
 from zoo.model import Decoder
 from zoo.prefix import Prefix, prefilled, shared_prefix
 from zoo.tokenizer import Tokenizer
+from zoo.training.memory import freed_memory_kept
 from zoo.weights.loading import load_with_tokenizer
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -38,8 +39,8 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 TOKENS_AT_ONCE = 4096
 """Most tokens of a forward that scores, unless one input alone has more."""
-REMEMBERED = 64
-"""Texts whose tokens are remembered."""
+REQUESTS_AT_ONCE = 1024
+"""Requests that are tokenised in one call: alone, a text costs as much as some hundred words."""
 LOGITS_AT_ONCE = 2**24
 """Logits that are in memory together."""
 
@@ -89,8 +90,8 @@ class ZooLM(TemplateLM):
         self.max_gen_toks = max_gen_toks
         self.add_bos = self.tokenizer.add_bos if add_bos_token is None else add_bos_token
         self._bos_text = None if self.tokenizer.bos_id is None else self.tokenizer.id_to_token(self.tokenizer.bos_id)
-        # A question is asked for again with each of its answers.
-        self._encode = lru_cache(REMEMBERED)(self._encode_now)
+        self._tokens: dict[str, list[int]] = {}
+        """Of texts that are about to be asked for, with BOS where contexts have it."""
         self.num_truncated = 0
         """Requests so far whose context did not fit and lost its beginning."""
         self._device = self.model.embed_tokens.weight.device
@@ -110,11 +111,40 @@ class ZooLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids of ``string``, by default with BOS as configured, and once where the text spells it already."""
         if add_special_tokens is None and self._bos_text and string.startswith(self._bos_text):
-            return list(self._encode(string.removeprefix(self._bos_text), True))
-        return list(self._encode(string, self.add_bos and add_special_tokens is not False))
+            return self.tokenizer.encode(string.removeprefix(self._bos_text), bos=True)
+        bos = self.add_bos and add_special_tokens is not False
+        if bos == self.add_bos and string in self._tokens:
+            return list(self._tokens[string])
+        return self.tokenizer.encode(string, bos=bos)
 
-    def _encode_now(self, string: str, bos: bool) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(string, bos=bos))
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation after its context, and whether each of its tokens is the likeliest."""
+        encoded: list[Request] = []
+        with tqdm(total=len(requests), disable=disable_tqdm or None, desc="Tokenizing") as bar:
+            for start in range(0, len(requests), REQUESTS_AT_ONCE):
+                pairs = [request.args for request in requests[start : start + REQUESTS_AT_ONCE]]
+                # lm-eval moves spaces at a context's end to the continuation.
+                with self._known(text for pair in pairs for text in (pair[0].rstrip(), "".join(pair))):
+                    encoded += [(pair, *self._encode_request(*pair)) for pair in pairs]
+                bar.update(len(pairs))
+        return self._loglikelihood_tokens(encoded, disable_tqdm)
+
+    def _encode_request(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if context:
+            return self._encode_pair(context, continuation)
+        tokens = self.tok_encode(continuation, add_special_tokens=False)
+        if tokens[:1] == [self.prefix_token_id]:
+            return tokens[:1], tokens[1:]
+        return [self.prefix_token_id], tokens
+
+    @contextmanager
+    def _known(self, texts: Iterable[str]) -> Iterator[None]:
+        """Have ``tok_encode`` know ``texts`` within the block."""
+        distinct = list(dict.fromkeys(texts))  # a question is asked for again with each of its answers
+        encoded = self.tokenizer.encode_batch(distinct, bos=self.add_bos, threads=torch.get_num_threads())
+        self._tokens = dict(zip(distinct, encoded, strict=True))
+        yield
+        self._tokens = {}
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text, in windows of ``max_length`` tokens that predict every token once."""
@@ -142,7 +172,8 @@ class ZooLM(TemplateLM):
         budget = min(slots, TOKENS_AT_ONCE)
         inputs = (Input(tokens, min(span.start for _, span in spans)) for tokens, spans in rows.items())
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        with tqdm(total=len(requests), disable=disable_tqdm or None, desc="Scoring continuations") as bar:
+        bar = tqdm(total=len(requests), disable=disable_tqdm or None, desc="Scoring continuations")
+        with bar, freed_memory_kept():
             for groups in batches(grouped(inputs), budget):
                 for batch, before, hidden in self._hidden(groups, budget, slots):
                     spans = [

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from zoo.prefix import FORWARD_COSTS, common_length, sharing_pays
 
 
@@ -102,23 +104,29 @@ def batches(groups: Sequence[Group], budget: int) -> Iterator[list[Group]]:
 def padded(inputs: Iterable[Input], budget: int, past: int = 0, slots: int | None = None) -> Iterator[list[Input]]:
     """Inputs of similar length for forwards of at most ``budget`` tokens each, padding counted, the longest first.
 
-    More padding than another forward costs begins another one.
+    Of all ways to cut the list sorted by length it is the one that takes least, where a forward costs as much as
+    ``FORWARD_COSTS`` tokens more than it has.
 
     Args:
         past: tokens of each that are computed already.
         slots: most tokens of all rows with ``past``, whose keys and values are in memory; by default ``budget``.
     """
     slots = budget if slots is None else slots
-    batch: list[Input] = []
-    tokens = 0
-    for one in sorted(inputs, key=lambda one: (-len(one.tokens), one.tokens)):
-        rows, size = len(batch) + 1, len(one.tokens) - past
-        longest = len(batch[0].tokens) - past if batch else size
-        padding = rows * longest - (tokens + size)
-        if batch and (rows * longest > budget or rows * (past + longest) > slots or padding > FORWARD_COSTS):
-            yield batch
-            batch, tokens = [], 0
-        batch.append(one)
-        tokens += size
-    if batch:
-        yield batch
+    ordered = sorted(inputs, key=lambda one: (-len(one.tokens), one.tokens))
+    sizes = np.array([len(one.tokens) - past for one in ordered])
+    costs = np.zeros(len(ordered) + 1, dtype=np.int64)  # of the inputs before
+    starts = [0]  # of the last forward of those before
+    first = 0
+    for end in range(1, len(ordered) + 1):
+        while (rows := end - first) > 1 and (rows * sizes[first] > budget or rows * (past + sizes[first]) > slots):
+            first += 1
+        ways = costs[first:end] + np.arange(end - first, 0, -1) * sizes[first:end]
+        best = int(ways.argmin())
+        costs[end] = ways[best] + FORWARD_COSTS
+        starts.append(first + best)
+    forwards: list[list[Input]] = []
+    end = len(ordered)
+    while end:
+        forwards.append(ordered[starts[end] : end])
+        end = starts[end]
+    return reversed(forwards)

@@ -13,9 +13,13 @@ MMAPS, LARGEST_MMAP_THRESHOLD = 1 << 16, 32 << 20
 """Defaults of glibc: how many blocks it maps at once, and from what size at the most it comes to map each."""
 
 
+_blocks = 0
+"""Those that the process is in."""
+
+
 @contextmanager
 def freed_memory_kept() -> Iterator[bool]:
-    """Have the process keep what is freed within the block; yields whether it does.
+    """Have the process keep what is freed within the block; yields whether it does. Blocks may be in one another.
 
     A training step frees gradients and activations, and the next asks for as much. The C library gives large blocks
     back to the system by default, which fills every page with zeros when it is touched again: a sixth of the step of a
@@ -28,13 +32,17 @@ def freed_memory_kept() -> Iterator[bool]:
     except (OSError, AttributeError, TypeError):  # TypeError: on Windows
         yield False
         return
+    global _blocks
+    _blocks += 1
     mallopt(MMAP_MAX, 0)
     mallopt(TRIM_THRESHOLD, NEVER)
     try:
         yield True
     finally:
-        # What glibc's own adjustment comes to after a few large blocks; it does not take up again.
-        mallopt(MMAP_MAX, MMAPS)
-        mallopt(MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
-        mallopt(TRIM_THRESHOLD, 2 * LARGEST_MMAP_THRESHOLD)
-        malloc_trim(0)
+        _blocks -= 1
+        if not _blocks:
+            # What glibc's own adjustment comes to after a few large blocks; it does not take up again.
+            mallopt(MMAP_MAX, MMAPS)
+            mallopt(MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
+            mallopt(TRIM_THRESHOLD, 2 * LARGEST_MMAP_THRESHOLD)
+            malloc_trim(0)
