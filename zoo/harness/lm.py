@@ -41,6 +41,8 @@ TOKENS_AT_ONCE = 4096
 """Most tokens of a forward that scores, unless one input alone has more."""
 REQUESTS_AT_ONCE = 1024
 """Requests that are tokenised in one call: alone, a text costs as much as some hundred words."""
+CHARACTERS = 1 << 16
+"""That each further thread of a call must have: to start one takes 2 ms beside torch's, which wait for work."""
 LOGITS_AT_ONCE = 2**24
 """Logits that are in memory together."""
 
@@ -141,7 +143,8 @@ class ZooLM(TemplateLM):
     def _known(self, texts: Iterable[str]) -> Iterator[None]:
         """Have ``tok_encode`` know ``texts`` within the block."""
         distinct = list(dict.fromkeys(texts))  # a question is asked for again with each of its answers
-        encoded = self.tokenizer.encode_batch(distinct, bos=self.add_bos, threads=torch.get_num_threads())
+        threads = min(torch.get_num_threads(), 1 + sum(map(len, distinct)) // CHARACTERS)
+        encoded = self.tokenizer.encode_batch(distinct, bos=self.add_bos, threads=threads)
         self._tokens = dict(zip(distinct, encoded, strict=True))
         yield
         self._tokens = {}

@@ -83,9 +83,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _linear(x, weight, bias, way)
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [n, I], weight [O, I], both of any strides → x · weightᵀ [n, O], of any strides. Without gradients."""
-    return product_by(_way(x, weight), x, weight)
+def product(x: Tensor, weight: Tensor, buffer: Tensor | None = None) -> Tensor:
+    """x · weightᵀ [n, O], of any strides, without gradients.
+
+    Args:
+        x: [n, I]. weight: [O, I]. Both of any strides.
+        buffer: [n, O], memory that the result may be in.
+    """
+    way = _way(x, weight)
+    if way == "rows" and buffer is not None:
+        return torch.mm(x, weight.t(), out=buffer)
+    return product_by(way, x, weight)
 
 
 def product_into(x: Tensor, weight: Tensor, out: Tensor) -> None:

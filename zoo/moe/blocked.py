@@ -190,10 +190,17 @@ def blocks_of(counts: list[int], limit: int) -> list[Block]:
     return [*blocks, Block(slice(start, stop), experts, [counts[e] for e in experts])] if experts else blocks
 
 
-def _products(block: Block, rows: Tensor, weights: Sequence[Tensor], out: Tensor) -> None:
-    """out = rows · weightsᵀ of its expert. rows: [n, I] of ``block``. weights: E of [O, I]. out: [n, O]."""
+def _products(block: Block, rows: Tensor, weights: Sequence[Tensor], buffer: Tensor | None = None) -> Tensor:
+    """rows · weightsᵀ of its expert [n, O], in ``buffer`` or, where that saves a copy, not.
+
+    rows: [n, I] of ``block``. weights: E of [O, I].
+    """
+    if len(block.experts) == 1:
+        return product(rows, weights[block.experts[0]], buffer)
+    out = rows.new_empty(len(rows), len(weights[0])) if buffer is None else buffer
     for expert, x, y in zip(block.experts, rows.split(block.sizes), out.split(block.sizes), strict=True):
         product_into(x, weights[expert], y)
+    return out
 
 
 def _outer_products(block: Block, left: Tensor, right: Tensor, out: Sequence[Tensor]) -> None:
@@ -210,24 +217,24 @@ def _forward(
     token: Tensor,
     blocks: list[Block],
     gate: _Gate,
-    kept: Tensor | None,
+    kept: list[Tensor] | None,
 ) -> Tensor:
-    """The sum [T, D]; pre-activations are written to ``kept`` [N, 2F] where it is given."""
+    """The sum [T, D]; pre-activations [n, 2F] of each block are added to ``kept`` where it is given."""
     width, size = down.shape[2], max(map(len, blocks), default=0)
     up_weights, down_weights = gate_up.flatten(1, 2).unbind(), down.unbind()
     out = torch.zeros_like(x)
     row_buffer, inner_buffer = x.new_empty(size, x.shape[1]), x.new_empty(size, width)
-    both_buffer = x.new_empty(size, 2 * width) if kept is None else kept
+    both_buffer = x.new_empty(size, 2 * width) if kept is None else None
     for block in blocks:
         tokens, n = token[block.rows], len(block)
         rows, inner = row_buffer[:n], inner_buffer[:n]
-        both = both_buffer[:n] if kept is None else kept[block.rows]
         torch.index_select(x, 0, tokens, out=rows)
-        _products(block, rows, up_weights, both)
+        both = _products(block, rows, up_weights, None if both_buffer is None else both_buffer[:n])
+        if kept is not None:
+            kept.append(both)
         gate.forward(both[:, :width], inner)
         inner.mul_(both[:, width:]).mul_(weight[block.rows, None])
-        _products(block, inner, down_weights, rows)
-        out.index_add_(0, tokens, rows)
+        out.index_add_(0, tokens, _products(block, inner, down_weights, rows))
     return out
 
 
@@ -246,15 +253,16 @@ class _Mix(torch.autograd.Function):
         gate: _Gate,
         keep: bool,
     ) -> Tensor:
-        kept = x.new_empty(len(token), 2 * down.shape[2]) if keep else None
-        ctx.save_for_backward(x, weight, gate_up, down, token, kept)
-        ctx.blocks, ctx.gate = blocks, gate
-        return _forward(x, weight, gate_up, down, token, blocks, gate, kept)
+        kept: list[Tensor] | None = [] if keep else None
+        out = _forward(x, weight, gate_up, down, token, blocks, gate, kept)
+        ctx.save_for_backward(x, weight, gate_up, down, token, *(kept or ()))
+        ctx.blocks, ctx.gate, ctx.keep = blocks, gate, keep
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, gate_up, down, token, kept = ctx.saved_tensors
+        x, weight, gate_up, down, token, *kept = ctx.saved_tensors
         width, size = down.shape[2], max(map(len, ctx.blocks), default=0)
         up_weights, down_weights = gate_up.flatten(1, 2).mT.unbind(), down.mT.unbind()
         of_x, _, of_gate_up, of_down = ctx.needs_input_grad[:4]
@@ -266,22 +274,20 @@ class _Mix(torch.autograd.Function):
         d_down_weights = None if d_down is None else d_down.unbind()
         row_buffer, inner_buffer = x.new_empty(size, x.shape[1]), x.new_empty(size, width)
         both_buffer = x.new_empty(size, 2 * width)
-        again_buffer = x.new_empty(size, 2 * width) if kept is None else None
-        again_weights = gate_up.flatten(1, 2).unbind() if kept is None else ()
-        for block in ctx.blocks:
+        again_buffer = None if ctx.keep else x.new_empty(size, 2 * width)
+        again_weights = () if ctx.keep else gate_up.flatten(1, 2).unbind()
+        for number, block in enumerate(ctx.blocks):
             tokens, n = token[block.rows], len(block)
             w = weight[block.rows, None]
             if again_buffer is None:
-                both = kept[block.rows]
+                both = kept[number]
             else:
-                both = again_buffer[:n]
                 rows = torch.index_select(x, 0, tokens, out=row_buffer[:n])
-                _products(block, rows, again_weights, both)
+                both = _products(block, rows, again_weights, again_buffer[:n])
             gate, up = both.chunk(2, dim=1)
             rows = torch.index_select(gradient, 0, tokens, out=row_buffer[:n])
-            d_inner, d_both = inner_buffer[:n], both_buffer[:n]
+            d_inner, d_both = _products(block, rows, down_weights, inner_buffer[:n]), both_buffer[:n]
             d_gate, d_up = d_both.chunk(2, dim=1)
-            _products(block, rows, down_weights, d_inner)
             ctx.gate.forward(gate, d_up)
             # The place of the gate's gradient holds the inner activations until that is known.
             inner = torch.mul(d_up, up, out=d_gate)
@@ -294,8 +300,7 @@ class _Mix(torch.autograd.Function):
                 torch.index_select(x, 0, tokens, out=rows)
                 _outer_products(block, d_both, rows, d_up_weights)
             if d_x is not None:
-                _products(block, d_both, up_weights, rows)
-                d_x.index_add_(0, tokens, rows)
+                d_x.index_add_(0, tokens, _products(block, d_both, up_weights, rows))
         busy = {expert for block in ctx.blocks for expert in block.experts}
         for expert in set(range(len(down))) - busy:
             for of_experts in (d_up_weights, d_down_weights):
