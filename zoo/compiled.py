@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ from zoo.moe.clamped import ClampedExperts, clamped_swiglu
 from zoo.moe.experts import DropoutExperts, Experts, GEGLUExperts
 from zoo.moe.layer import MoE
 from zoo.moe.router import RouterOutput
+
+M = TypeVar("M", bound=nn.Module)
 
 SCRATCH = 256
 """Capacity of the cache that the step is compiled with; any other runs the same graph."""
@@ -64,8 +66,8 @@ class CompiledStep:
         """
         _check(model)
         self._model = model
-        self._several, self._most = several, _most_rows(model)
-        self._graph_model = _twin(model)
+        self._several, self._most = several, most_prompts(model)
+        self._graph_model = twin(model)
         self._graph = torch.compile(_step, **OPTIONS)
         self._marked: weakref.ref[Cache] | None = None
         rows = 1 + several
@@ -117,8 +119,8 @@ class CompiledStep:
                 torch._dynamo.mark_dynamic(tensor, 0)
 
 
-def _most_rows(model: Decoder) -> float:
-    """How many rows the compiled step is the faster for."""
+def most_prompts(model: Decoder) -> float:
+    """How many prompts at a time the compiled step is the faster for; with more it leaves them to ``decode_step``."""
     moe = model.config.moe
     large = any(sum(w[0].numel() for w in layer.experts.parameters()) >= LARGE for layer in _moe_layers(model))
     return READINGS * moe.num_experts // moe.top_k if moe is not None and large else math.inf
@@ -230,14 +232,14 @@ def _check(model: Decoder) -> None:
             raise ValueError(f"compile: experts of kind {type(moe.experts).__name__} do not compile; leave it out")
 
 
-def _moe_layers(model: Decoder) -> list[MoE]:
-    return [module for module in model.modules() if isinstance(module, MoE)]
+def _moe_layers(module: nn.Module) -> list[MoE]:
+    return [layer for layer in module.modules() if isinstance(layer, MoE)]
 
 
-def _twin(model: Decoder) -> Decoder:
-    """The same modules with the same weights, whose experts compute few tokens."""
-    tensors = (*model.parameters(), *model.buffers())
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
-    for moe in _moe_layers(twin):
+def twin(module: M) -> M:
+    """The same modules with the same weights, whose experts compute few tokens as ``torch.compile`` takes them."""
+    tensors = (*module.parameters(), *module.buffers())
+    copied = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors}).eval()
+    for moe in _moe_layers(copied):
         vars(moe)["mix"] = partial(_mix_chosen, moe.experts)
-    return twin
+    return copied

@@ -21,7 +21,7 @@ from zoo.accounting import cache_elements_per_token, count_parameters
 from zoo.bench.peers import EXPERTS, GATHERED_BYTES, exported, in_litgpt, in_transformers
 from zoo.bench.rows import LIMIT, OURS, Options, Row
 from zoo.bench.timing import far_behind, interleaved, left_out, reading
-from zoo.compiled import CompiledStep
+from zoo.compiled import CompiledStep, most_prompts
 from zoo.config import AttentionConfig, MLAConfig, ModelSpec
 from zoo.generation import decode_step, generate
 from zoo.model import Decoder, build
@@ -52,6 +52,8 @@ def rows(options: Options) -> Iterator[Row]:
             with exported(ours, spec) as published:
                 theirs, lit = in_transformers(published, options), in_litgpt(published, spec, options)
             for (batch, compiled), case in wanted.items():
+                if compiled and batch > most_prompts(ours):
+                    continue  # the compiled step leaves them to the other
                 ids = _prompts(ours, batch, options)
                 peers = {
                     f"transformers {experts}": partial(_their_tokens, theirs, experts, ids)

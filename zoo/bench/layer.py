@@ -2,7 +2,8 @@
 
 Over many tokens the limit is a dense SwiGLU with the same active FLOPs; over few, reading the weights that they touch,
 each once. Memory is what a call needs at its peak without the gradients of the weights, which every way has to make.
-Recomputed, ours keeps no activations of the experts for the backward pass, as `parallel.recompute: experts` has it.
+Recomputed, ours keeps no activations of the experts for the backward pass, as `parallel.recompute: experts` has it;
+compiled, it is part of a graph, as in `zoo generate --compile`.
 
 Shapes: T tokens, D model, F FFN, E experts, K top-k.
 """
@@ -23,6 +24,7 @@ from zoo.bench.memory import peak_bytes
 from zoo.bench.peers import EXPERTS, GATHERED_BYTES, check_equal, exported, in_litgpt, in_transformers
 from zoo.bench.rows import LIMIT, OURS, Options, Row
 from zoo.bench.timing import interleaved, reading
+from zoo.compiled import LARGE, OPTIONS, twin
 from zoo.config import ModelSpec
 from zoo.layers.ffn import SwiGLU
 from zoo.model import Decoder, build
@@ -89,6 +91,8 @@ class Pass:
     backward: bool = False
     recompute: bool = False
     """Whether ours computes activations of experts again in the backward pass."""
+    compiled: bool = False
+    """Whether ours is compiled as in the step of a token."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,9 @@ def rows(options: Options) -> Iterator[Row]:
         else:
             again = replace(cases[_trained(name)], recompute=True)
             cases[f"{name}, forward + backward, recomputed, T {MANY:,}"] = again
+            small = shape.matrices < LARGE  # several tokens of larger ones are not compiled
+            for tokens in FEW if small else FEW[:1]:
+                cases[f"{name}, forward, compiled, T {tokens}"] = Pass(tokens, compiled=True)
         wanted = {case: of for case, of in cases.items() if options.wants(case)}
         if wanted:
             ours, ways = layers(shape, options)
@@ -192,15 +199,17 @@ def layers(shape: Shape, options: Options) -> tuple[MoE, dict[str, Layer]]:
 def measured(case: str, shape: Shape, ours: MoE, ways: Mapping[str, Layer], of: Pass, options: Options) -> Row:
     """Seconds of ours, of every peer and of the limit on the same inputs, after their results were found equal."""
     tokens, backward = of.tokens, of.backward
+    if of.compiled:
+        ways = {**ways, OURS: Layer(_compiled(ours), ours)}
     generator = torch.Generator().manual_seed(0)
     few = tokens in FEW
     inputs = torch.randn((INPUTS if few else 1, 1, tokens, shape.hidden_size), generator=generator)
     inputs = inputs.to(options.device, options.dtype)
     if tokens * shape.top_k * shape.matrices * inputs.element_size() > GATHERED_BYTES:
         ways = {way: layer for way, layer in ways.items() if "batched_mm" not in way}
-    expected = _results(ways[OURS], inputs[0])
+    expected = _results(ways[OURS], inputs[0], not of.compiled)
     for way, layer in ways.items():
-        for mine, other in zip(expected, _results(layer, inputs[0]), strict=True):
+        for mine, other in zip(expected, _results(layer, inputs[0], not of.compiled), strict=True):
             check_equal(case, way, mine, other, options.dtype)
     touched = _touched(ours, inputs, shape.matrices)
     calls = {way: _call(layer, inputs, backward) for way, layer in ways.items()}
@@ -222,8 +231,16 @@ def measured(case: str, shape: Shape, ours: MoE, ways: Mapping[str, Layer], of: 
     return Row("layer", case, seconds, peaks, notes)
 
 
-def _results(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and gradient of x."""
+def _compiled(layer: MoE) -> Callable[[Tensor], Tensor]:
+    graph_layer, graph = twin(layer), torch.compile(lambda layer, x: layer(x)[0], **OPTIONS)
+    return lambda x: graph(graph_layer, x)
+
+
+def _results(layer: Layer, x: Tensor, backward: bool) -> tuple[Tensor, ...]:
+    """Output, and with ``backward`` the gradient of x."""
+    if not backward:
+        with torch.no_grad():
+            return (layer.function(x),)
     x = x.detach().requires_grad_()
     out = layer.function(x)
     (gradient,) = torch.autograd.grad(out.square().sum(), x)

@@ -142,21 +142,25 @@ def run(args: argparse.Namespace) -> int:
         check_prompt(model, prompt.ids, args.max_new_tokens, name)
         prompts.append(prompt)
     args.batch_size = 1 if args.speculative else min(args.batch_size, len(prompts))
-    args.step = _step(model, args.compile, args.batch_size > 1)
+    args.step = _step(model, args.compile, args.batch_size)
     (_show_one if args.prompts is None and len(prompts) == 1 else _show_many)(model, tokenizer, prompts, args)
     return 0
 
 
-def _step(model: Decoder, compiled: bool, several: bool) -> Step:
-    """What computes each token after the prompt, or after several at a time."""
+def _step(model: Decoder, compiled: bool, prompts: int) -> Step:
+    """What computes each token after so many prompts at a time."""
     from zoo.generation import decode_step
 
     if not compiled:
         return decode_step
-    from zoo.compiled import CompiledStep
+    from zoo.compiled import CompiledStep, most_prompts
 
+    if prompts > (most := most_prompts(model)):
+        note = f"--compile: experts this large are faster without where more than {most} prompts go together, as here"
+        print(note, file=sys.stderr)
+        return decode_step
     print("Compiling the step of a token ...", file=sys.stderr)
-    return CompiledStep(model, several=several)
+    return CompiledStep(model, several=prompts > 1)
 
 
 def _texts(given: Sequence[str]) -> list[tuple[str, str]]:
