@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import zoo
@@ -79,6 +81,21 @@ def test_many_prompts_continue_in_order_as_each_alone(
     places = [shown.index(f"[{number}] {question[:30]}") for number, question in enumerate(QUESTIONS, start=1)]
     assert places == sorted(places)
     assert all(row["text"] in shown for row in alone)
+
+
+def test_the_compiled_step_continues_as_the_other_and_is_made_only_where_it_is_taken(
+    capsys: pytest.CaptureFixture[str], source: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = {"fullgraph": True, "isolate_recompiles": True, "backend": "eager"}  # C++ takes longer than all else
+    monkeypatch.setattr("zoo.compiled.OPTIONS", traced)
+    graphs = [counters["stats"]["unique_graphs"]]
+    for arguments in (["--prompt", QUESTIONS[0]], ["--prompts", str(file)], ["--prompts", str(file)]):
+        expected = run(capsys, source, *arguments)
+        assert run(capsys, source, *arguments, "--compile") == expected
+        graphs.append(counters["stats"]["unique_graphs"])
+        if len(graphs) == 3:
+            monkeypatch.setattr("zoo.compiled.LARGE", 0)  # as if five prompts of these experts were too many
+    assert [b - a for a, b in pairwise(graphs)] == [1, 1, 0]
 
 
 def test_lines_of_a_text_are_prompts(capsys: pytest.CaptureFixture[str], source: str, tmp_path: Path) -> None:
