@@ -14,6 +14,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -247,11 +248,13 @@ class ZooLM(TemplateLM):
             torch.tensor(indices, device=self._device),
             torch.tensor(targets, device=self._device),
         )
-        lengths = [len(continuation) for _, _, continuation in wanted]
-        return [
-            (float(p.sum(dtype=torch.float64)), bool(g.all()))
-            for p, g in zip(log_probs.split(lengths), greedy.split(lengths), strict=True)
-        ]
+        # Lists: a call of torch for each of many short continuations takes longer.
+        of_tokens = zip(log_probs.tolist(), greedy.tolist(), strict=True)
+        scores = []
+        for _, _, continuation in wanted:
+            some = list(islice(of_tokens, len(continuation)))
+            scores.append((sum(p for p, _ in some), all(g for _, g in some)))
+        return scores
 
     def _log_probs(self, hidden: Tensor, indices: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probability [N] fp32 of each of ``targets`` [N] after ``hidden[indices]``, and whether it is the highest.
