@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""What `zoo fit` gains on a CPU by keeping freed memory (`zoo.training.memory`).
+"""What `zoo fit` and `zoo eval` gain on a CPU by keeping freed memory (`zoo.training.memory`).
 
     python scripts/freed_memory_table.py
 
-Steps of `zoo bench train`'s models, with freed memory kept and without, in fresh processes that take turns; one line a
-model: medians of a step's time, its page faults and the peak of the resident set without, the same with, and the median
-of the ratios of times within a round.
+Steps of `zoo bench train`'s models and forwards of as many tokens as are scored at a time, with freed memory kept and
+without, in fresh processes that take turns; one line a model: medians of a step's time, its page faults and the peak of
+the resident set without, the same with, and the median of the ratios of times within a round.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,9 +25,13 @@ import torch
 
 from zoo.bench import train
 from zoo.bench.rows import Options
+from zoo.model import build
+from zoo.registry import find_spec
 from zoo.training.memory import freed_memory_kept
 
-CASES = ("cost, 8 experts", "cost, 64 experts")
+CASES = ("cost, 8 experts", "cost, 64 experts", "scoring, llama-tiny", "scoring, mixtral-tiny")
+SCORED = (32, 128)
+"""Texts and tokens of each."""
 WARMUPS, STEPS = 3, 5
 
 
@@ -60,12 +65,22 @@ def medians(found: tuple[dict[str, float], ...]) -> dict[str, float]:
     return {key: statistics.median(of[key] for of in found) for key in found[0]}
 
 
+def training(name: str, threads: int) -> Callable[[], object]:
+    case = next(case for case in train.cases() if case.name == name)
+    tokens = torch.randint(case.spec.model.vocab_size, (case.batch, case.length + 1))
+    return train._zoo(case.spec, tokens, Options(threads=threads)).step
+
+
+def scoring(name: str) -> Callable[[], object]:
+    model = build(find_spec(name.removeprefix("scoring, ")).model).eval()
+    ids = torch.randint(model.config.vocab_size, SCORED)
+    return torch.inference_mode()(lambda: model(ids, logits_to_keep=None).hidden)
+
+
 def steps(name: str, keep: bool, threads: int) -> dict[str, float]:
     """Of one case: seconds and page faults of a step, and the peak of the resident set in bytes."""
     torch.set_num_threads(threads)
-    case = next(case for case in train.cases() if case.name == name)
-    tokens = torch.randint(case.spec.model.vocab_size, (case.batch, case.length + 1))
-    learner = train._zoo(case.spec, tokens, Options(threads=threads))
+    step = scoring(name) if name.startswith("scoring") else training(name, threads)
     context: Any = freed_memory_kept() if keep else nullcontext()
     seconds = []
     with context:
@@ -73,7 +88,7 @@ def steps(name: str, keep: bool, threads: int) -> dict[str, float]:
             if number == WARMUPS:
                 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             start = time.perf_counter()
-            learner.step()
+            step()
             seconds.append(time.perf_counter() - start)
         usage = resource.getrusage(resource.RUSAGE_SELF)
     return {

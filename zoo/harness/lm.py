@@ -32,7 +32,6 @@ from zoo.harness.prefixes import Group, Input, batches, grouped, padded
 from zoo.model import Decoder
 from zoo.prefix import Prefix, prefilled, shared_prefix
 from zoo.tokenizer import Tokenizer
-from zoo.training.memory import freed_memory_kept
 from zoo.weights.loading import load_with_tokenizer
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -176,8 +175,7 @@ class ZooLM(TemplateLM):
         budget = min(slots, TOKENS_AT_ONCE)
         inputs = (Input(tokens, min(span.start for _, span in spans)) for tokens, spans in rows.items())
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        bar = tqdm(total=len(requests), disable=disable_tqdm or None, desc="Scoring continuations")
-        with bar, freed_memory_kept():
+        with tqdm(total=len(requests), disable=disable_tqdm or None, desc="Scoring continuations") as bar:
             for groups in batches(grouped(inputs), budget):
                 for batch, before, hidden in self._hidden(groups, budget, slots):
                     spans = [

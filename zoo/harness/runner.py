@@ -30,6 +30,7 @@ from zoo.harness.lm import ZooLM
 from zoo.model import Decoder
 from zoo.registry import evaluation_dir
 from zoo.tokenizer import Tokenizer
+from zoo.training.memory import freed_memory_kept
 
 if TYPE_CHECKING:
     from lm_eval.tasks._index import Entry
@@ -79,7 +80,7 @@ def evaluate(
         raise ValueError(f"data_root = {data_root}: no such directory; give the folder of the mirrored data sets")
     lm = ZooLM(model, tokenizer, batch_size=batch_size)
     seeds = {} if seed is None else dict.fromkeys(_SEEDS, seed)
-    with offline(data_root is not None), quiet():
+    with offline(data_root is not None), quiet(), freed_memory_kept():
         results: dict[str, Any] = lm_eval.simple_evaluate(
             lm,
             tasks=list(tasks),

@@ -21,10 +21,12 @@ _blocks = 0
 def freed_memory_kept() -> Iterator[bool]:
     """Have the process keep what is freed within the block; yields whether it does. Blocks may be in one another.
 
-    A training step frees gradients and activations, and the next asks for as much. The C library gives large blocks
-    back to the system by default, which fills every page with zeros when it is touched again: a sixth of the step of a
-    model with 64 experts. The process then keeps what a step needs at its most; the peak grows by a hundredth. With
-    other C libraries than glibc all stays as it is. Memory of a GPU has torch's own cache.
+    A training step frees gradients and activations, and the next asks for as much; so it is with one batch of texts to
+    score after the other. The C library gives large blocks back to the system by default, which fills every page with
+    zeros when it is touched again: a sixth of the step of a model with 64 experts, and of scoring long texts with a
+    dense one. The process then keeps what it needs at its most; the peak grows by a hundredth. At the end all is given
+    back, which costs more than it saves around a few small batches. With other C libraries than glibc all stays as it
+    is. Memory of a GPU has torch's own cache.
     """
     try:
         library = ctypes.CDLL(None)
