@@ -136,9 +136,10 @@ def rows(options: Options) -> Iterator[Row]:
         else:
             again = replace(cases[_trained(name)], recompute=True)
             cases[f"{name}, forward + backward, recomputed, T {MANY:,}"] = again
-            small = shape.matrices < LARGE  # several tokens of larger ones are not compiled
-            for tokens in FEW if small else FEW[:1]:
-                cases[f"{name}, forward, compiled, T {tokens}"] = Pass(tokens, compiled=True)
+            if options.device == "cpu":
+                several = shape.matrices < LARGE  # as the step of a token is compiled
+                for tokens in FEW if several else FEW[:1]:
+                    cases[f"{name}, forward, compiled, T {tokens}"] = Pass(tokens, compiled=True)
         wanted = {case: of for case, of in cases.items() if options.wants(case)}
         if wanted:
             ours, ways = layers(shape, options)
@@ -233,7 +234,14 @@ def measured(case: str, shape: Shape, ours: MoE, ways: Mapping[str, Layer], of: 
 
 def _compiled(layer: MoE) -> Callable[[Tensor], Tensor]:
     graph_layer, graph = twin(layer), torch.compile(lambda layer, x: layer(x)[0], **OPTIONS)
-    return lambda x: graph(graph_layer, x)
+
+    def forward(x: Tensor) -> Tensor:
+        if x.shape[1] > 1:
+            torch._dynamo.mark_dynamic(x, 1)  # the step has one graph for any number of prompts
+        out: Tensor = graph(graph_layer, x)
+        return out
+
+    return forward
 
 
 def _results(layer: Layer, x: Tensor, backward: bool) -> tuple[Tensor, ...]:

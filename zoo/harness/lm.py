@@ -42,7 +42,7 @@ TOKENS_AT_ONCE = 4096
 REQUESTS_AT_ONCE = 1024
 """Requests that are tokenised in one call: alone, a text costs as much as some hundred words."""
 CHARACTERS = 1 << 16
-"""That each further thread of a call must have: to start one takes 2 ms beside torch's, which wait for work."""
+"""Of text, for each further thread of a call: to start one takes 2 ms beside torch's, which spin while they wait."""
 LOGITS_AT_ONCE = 2**24
 """Logits that are in memory together."""
 
@@ -146,8 +146,10 @@ class ZooLM(TemplateLM):
         threads = min(torch.get_num_threads(), 1 + sum(map(len, distinct)) // CHARACTERS)
         encoded = self.tokenizer.encode_batch(distinct, bos=self.add_bos, threads=threads)
         self._tokens = dict(zip(distinct, encoded, strict=True))
-        yield
-        self._tokens = {}
+        try:
+            yield
+        finally:
+            self._tokens = {}
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text, in windows of ``max_length`` tokens that predict every token once."""
