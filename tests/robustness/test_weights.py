@@ -7,76 +7,19 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from checkpoint_files import published, rewrite, sharded, small, write_index
+from safetensors.torch import load_file
 from torch import Tensor
 
 from zoo.cli.main import main
-from zoo.config import ModelSpec
-from zoo.families import get_family
 from zoo.model import build
-from zoo.registry import find_spec
 from zoo.weights import export_checkpoint, import_checkpoint, load, save_model
-from zoo.weights.convert import parameter_shapes
-from zoo.weights.ops import source_shapes
-from zoo.weights.source import INDEX_FILE, SINGLE_FILE
-
-Tensors = dict[str, Tensor]
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def small(name: str) -> ModelSpec:
-    """A config of the zoo, cut down to two layers and a small vocabulary."""
-    spec = find_spec(name)
-    return dataclasses.replace(spec, model=dataclasses.replace(spec.model, num_layers=2, vocab_size=600))
-
-
-def published(spec: ModelSpec, directory: Path, **config: object) -> Path:
-    """Random weights of ``spec`` in its published layout; ``config`` is added to config.json."""
-    model, ops = build(spec.model), get_family(spec.family).weight_map(spec.model)
-    state = model.state_dict()
-    directory.mkdir(parents=True)
-    tensors = {name: t.clone() for op in ops for name, t in op.to_published(lambda name: state[name])}
-    save_file(tensors, directory / SINGLE_FILE)
-    (directory / "config.json").write_text(json.dumps(get_family(spec.family).to_hf(spec.model) | config))
-    return directory
-
-
-def rewrite(directory: Path, change: Callable[[Tensors], object]) -> None:
-    """Apply ``change`` to the tensors of a single-file checkpoint."""
-    tensors = load_file(directory / SINGLE_FILE)
-    change(tensors)
-    save_file(tensors, directory / SINGLE_FILE)
-
-
-def sharded(directory: Path) -> dict[str, str]:
-    """Split a single-file checkpoint into two shards; returns the index's weight_map."""
-    tensors = load_file(directory / SINGLE_FILE)
-    (directory / SINGLE_FILE).unlink()
-    weight_map = {}
-    names = sorted(tensors)
-    for i, part in enumerate((names[::2], names[1::2])):
-        file = f"model-0000{i + 1}-of-00002.safetensors"
-        save_file({name: tensors[name] for name in part}, directory / file)
-        weight_map |= dict.fromkeys(part, file)
-    write_index(directory, weight_map)
-    return weight_map
-
-
-def write_index(directory: Path, weight_map: dict[str, str]) -> None:
-    (directory / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return published(small("mixtral-tiny"), tmp_path / "mixtral")
+from zoo.weights.source import SINGLE_FILE
 
 
 def refused(source: Path, match: str) -> None:
@@ -306,142 +249,3 @@ class TestTokenizer:
             assert (tmp_path / "hf" / name).read_bytes() == (tokenizer / name).read_bytes()
         config = json.loads((tmp_path / "hf" / "config.json").read_text())
         assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
-
-
-class TestOutput:
-    def test_existing_directory_is_not_touched(self, source: Path, tmp_path: Path) -> None:
-        out = tmp_path / "out"
-        out.mkdir()
-        (out / "notes.txt").write_text("mine")
-        for convert in (
-            import_checkpoint,
-            lambda s, o: save_model(build(small("llama-tiny").model), small("llama-tiny"), o),
-        ):
-            with pytest.raises(ValueError, match="exists"):
-                convert(source, out)
-        assert [path.name for path in out.iterdir()] == ["notes.txt"]
-
-    def test_save_replaces_a_checkpoint_whole(self, tmp_path: Path) -> None:
-        spec, out = small("llama-tiny"), tmp_path / "out"
-        save_model(build(spec.model, seed=1), spec, out, max_shard_bytes=200_000)
-        assert (out / INDEX_FILE).is_file()
-        save_model(build(spec.model, seed=2), spec, out)
-        assert sorted(path.name for path in out.iterdir()) == [SINGLE_FILE, "zoo.yaml"]
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-        expected = build(spec.model, seed=2).state_dict()
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in load(out).state_dict().items())
-
-    def test_full_disk_leaves_the_old_checkpoint(self, tmp_path: Path) -> None:
-        spec, out = small("llama-tiny"), tmp_path / "out"
-        save_model(build(spec.model, seed=1), spec, out)
-        # A limit on the size of a file stands for the disk: the write fails half-way with the same kind of error.
-        code = f"""
-import resource, signal
-from zoo.config import load_spec
-from zoo.model import build
-from zoo.weights import save_model
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-spec = load_spec({str(out / "zoo.yaml")!r})
-try:
-    save_model(build(spec.model, seed=2), spec, {str(out)!r})
-except OSError as error:
-    print(error)
-"""
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-        assert run.stdout.startswith(f"{out}: cannot be written (")
-        assert "nothing was changed there" in run.stdout
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-        expected = build(spec.model, seed=1).state_dict()
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in load(out).state_dict().items())
-
-    def test_another_architecture_than_the_spec(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="describes another architecture"):
-            save_model(build(small("llama-tiny").model), small("mistral-tiny"), tmp_path / "out")
-
-
-class TestStreaming:
-    def test_memory_stays_near_the_largest_group(self, tmp_path: Path) -> None:
-        """150 MB in groups of 8 MB, converted both ways in a process of its own whose peak memory is taken."""
-        spec = find_spec("mixtral-tiny")
-        moe = dataclasses.replace(spec.model.moe, moe_intermediate_size=1024)
-        config = dataclasses.replace(spec.model, num_layers=12, hidden_size=256, intermediate_size=1024, moe=moe)
-        family, source = get_family(spec.family), tmp_path / "source"
-        source.mkdir()
-        (source / "config.json").write_text(json.dumps(family.to_hf(config)))
-        shapes = source_shapes(family.weight_map(config), parameter_shapes(config))
-        save_file({n: torch.zeros(s, dtype=torch.bfloat16) for n, s in shapes.items()}, source / SINGLE_FILE)
-        code = """
-import resource, sys
-from zoo.registry import find_spec
-from zoo.weights.convert import export_checkpoint, import_checkpoint, parameter_shapes
-source, zoo, published = sys.argv[1:]
-parameter_shapes(find_spec(source).model)  # import all that is needed
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-import_checkpoint(source, zoo, max_shard_bytes=8_000_000)
-export_checkpoint(zoo, published, max_shard_bytes=8_000_000)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-        paths = [str(tmp_path / name) for name in ("source", "zoo", "hf")]
-        run = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True, cwd=ROOT)
-        assert int(run.stdout) * 1024 < (source / SINGLE_FILE).stat().st_size / 2
-
-
-class TestSource:
-    def test_name_without_weights(self) -> None:
-        with pytest.raises(ValueError, match="mixtral-tiny: this model has no published weights"):
-            load("mixtral-tiny")
-
-    def test_unknown_name(self) -> None:
-        with pytest.raises(ValueError, match=r"mixtral-8x7'?: no such"):
-            load("mixtral-8x7")
-        with pytest.raises(ValueError, match="did you mean 'mixtral-8x7b'"):
-            find_spec("mixtral-8x7")
-
-    def test_name_with_a_checkpoint(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        spec = small("mixtral-tiny")
-        save_model(build(spec.model), spec, tmp_path / "checkpoints" / "mixtral-tiny")
-        monkeypatch.chdir(tmp_path)
-        assert load("mixtral-tiny").config == spec.model
-
-    def test_hub_id_in_the_cache(self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The hub's cache links its files to blobs that lie outside the directory: this one place is known."""
-        weight_map = sharded(source)
-        repository = tmp_path / "hub" / "models--someone--mixtral"
-        snapshot, blobs, refs = repository / "snapshots" / "0f", repository / "blobs", repository / "refs"
-        for directory in (blobs, refs):
-            directory.mkdir(parents=True)
-        (refs / "main").write_text("0f")
-        shutil.copytree(source, snapshot)
-        for number, name in enumerate(sorted(set(weight_map.values()))):
-            shutil.move(snapshot / name, blobs / str(number))
-            (snapshot / name).symlink_to(Path("../../blobs") / str(number))
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-        spec = import_checkpoint("someone/mixtral", tmp_path / "out").spec
-        assert (spec.name, spec.source) == ("mixtral", "someone/mixtral")
-        expected = load(source).state_dict()
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in load(tmp_path / "out").state_dict().items())
-
-    def test_hub_without_network(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"nobody/nothing: cannot be downloaded .* or give a local directory"):
-            import_checkpoint("nobody/nothing", tmp_path / "out")
-
-    def test_command_line_reports_as_json(
-        self, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        zoo, hf = str(tmp_path / "zoo"), str(tmp_path / "hf")
-        for command, arguments in (("import", [str(source), zoo]), ("export", [zoo, hf])):
-            assert main([command, *arguments, "--json"]) == 0
-            report = json.loads(capsys.readouterr().out)
-            assert (report["family"], report["directory"]) == ("mixtral", arguments[1])
-            assert report["parameters"] == sum(p.numel() for p in load(zoo).parameters())
-            assert report["left_out"] == []
-
-    def test_command_line_says_it_in_one_line(
-        self, source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-    ) -> None:
-        assert main(["import", str(source / "absent"), str(tmp_path / "out")]) == 2
-        error = capfd.readouterr().err
-        assert error.startswith("zoo: error: ")
-        assert error.count("\n") == 1
-        assert "give a directory with config.json and safetensors, or a hub id" in error
