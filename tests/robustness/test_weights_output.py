@@ -79,8 +79,9 @@ except OSError as error:
 
 
 class TestStreaming:
-    def test_memory_stays_near_the_largest_group(self, tmp_path: Path) -> None:
-        """150 MB in groups of 8 MB, converted both ways in a process of its own whose peak memory is taken."""
+    @pytest.fixture
+    def large(self, tmp_path: Path) -> Path:
+        """150 MB in groups of 8 MB."""
         spec = find_spec("mixtral-tiny")
         moe = dataclasses.replace(spec.model.moe, moe_intermediate_size=1024)
         config = dataclasses.replace(spec.model, num_layers=12, hidden_size=256, intermediate_size=1024, moe=moe)
@@ -89,6 +90,10 @@ class TestStreaming:
         (source / "config.json").write_text(json.dumps(family.to_hf(config)))
         shapes = source_shapes(family.weight_map(config), parameter_shapes(config))
         save_file({n: torch.zeros(s, dtype=torch.bfloat16) for n, s in shapes.items()}, source / SINGLE_FILE)
+        return source
+
+    def test_memory_stays_near_the_largest_group(self, large: Path, tmp_path: Path) -> None:
+        """Converted both ways in a process of its own whose peak memory is taken."""
         code = """
 import resource, sys
 from zoo.registry import find_spec
@@ -100,9 +105,15 @@ import_checkpoint(source, zoo, max_shard_bytes=8_000_000)
 export_checkpoint(zoo, published, max_shard_bytes=8_000_000)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-        paths = [str(tmp_path / name) for name in ("source", "zoo", "hf")]
+        paths = [str(large), *(str(tmp_path / name) for name in ("zoo", "hf"))]
         run = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True, cwd=ROOT)
-        assert int(run.stdout) * 1024 < (source / SINGLE_FILE).stat().st_size / 2
+        assert int(run.stdout) * 1024 < (large / SINGLE_FILE).stat().st_size / 2
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+    def test_a_model_is_loaded_in_its_own_memory_and_that_of_a_group(self, large: Path, source: Path) -> None:
+        command = [sys.executable, "-m", "zoo.bench.load_child", "zoo", str(large), "bfloat16", "cpu", str(source)]
+        run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+        assert json.loads(run.stdout)["bytes"] < 1.05 * (large / SINGLE_FILE).stat().st_size + 2**24
 
 
 class TestSource:

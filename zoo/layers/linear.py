@@ -58,6 +58,11 @@ _asked_for: list[Library] = []
 class Linear(nn.Linear):
     """``nn.Linear`` by the fastest product."""
 
+    def reset_parameters(self) -> None:
+        """As ``nn.Linear``; a weight without memory is left alone, which is most of the time to make one."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] → [..., O]."""
         return linear(x, self.weight, self.bias)

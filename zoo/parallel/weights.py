@@ -15,7 +15,7 @@ from zoo.encoder_decoder_config import decoder_spec
 from zoo.families import exporting_family
 from zoo.model import Decoder
 from zoo.parallel.torch_private import gathered, local_slices
-from zoo.weights.convert import open_published, open_zoo, write_published
+from zoo.weights.convert import open_published, open_zoo, parameter_shapes, write_published
 from zoo.weights.loading import checkpoint_directory, write_zoo
 from zoo.weights.ops import Region, Shape
 from zoo.weights.target import MAX_SHARD_BYTES
@@ -37,7 +37,7 @@ def load_weights(model: Decoder, source: str | Path) -> None:
     directory = checkpoint_directory(source)
     if (directory / CONFIG_FILE).is_file():
         _check_config(load_spec(directory / CONFIG_FILE).model, model, source)
-        with open_zoo(directory, model.config) as tensors:
+        with open_zoo(directory, parameter_shapes(model.config)) as tensors:
             _fill(model, lambda name, region, shape: tensors.read_region(name, region))
     else:
         with open_published(directory, next(model.parameters()).dtype) as (spec, stream):

@@ -148,7 +148,7 @@ def open_dense(directory: Path) -> Iterator[tuple[ModelSpec, Named]]:
     """The decoder in a zoo checkpoint or published directory, and its tensors in the order of its state."""
     if (directory / CONFIG_FILE).is_file():
         spec = load_spec(directory / CONFIG_FILE)
-        with open_zoo(directory, spec.model) as source:
+        with open_zoo(directory, parameter_shapes(spec.model)) as source:
 
             def read() -> Named:
                 for name in parameter_shapes(spec.model):

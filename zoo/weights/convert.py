@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,12 +82,24 @@ def skeleton(config: AnyConfig) -> Decoder | EncoderDecoder:
 
 def parameter_shapes(config: AnyConfig) -> dict[str, Shape]:
     """Name → shape of every tensor of the model's state, without allocating any."""
-    return {name: tuple(tensor.shape) for name, tensor in skeleton(config).state_dict().items()}
+    return dict(_state(config)[0])
 
 
-def buffer_names(config: AnyConfig) -> set[str]:
+def shapes_of(model: Decoder | EncoderDecoder) -> dict[str, Shape]:
+    """``parameter_shapes`` of a model that is there."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def buffer_names(config: AnyConfig) -> frozenset[str]:
     """Names of the tensors of the model's state that are no parameters, which keep their dtype when those change."""
-    return {name for name, _ in skeleton(config).named_buffers()}
+    return _state(config)[1]
+
+
+@lru_cache(maxsize=4)
+def _state(config: AnyConfig) -> tuple[dict[str, Shape], frozenset[str]]:
+    """Shapes and names of buffers; asked for several times of a model that is read or written."""
+    model = skeleton(config)
+    return shapes_of(model), frozenset(name for name, _ in model.named_buffers())
 
 
 def import_checkpoint(
@@ -147,7 +160,7 @@ def export_checkpoint(
         raise ValueError(f"{directory}: its adapter cannot be merged, and no published layout has a place for it")
     spec = load_any_spec(directory / CONFIG_FILE)
     ops = exporting_family(spec).weight_map(spec.model)
-    with open_zoo(directory, spec.model) as tensors:
+    with open_zoo(directory, parameter_shapes(spec.model)) as tensors:
         outward = Export(ops, tensors, dtype=dtype, kept=buffer_names(spec.model))
         declared = str(dtype).removeprefix("torch.") if dtype else tensors.dtype("embed_tokens.weight")
         converted = tracked(outward, "exporting", progress)
@@ -259,10 +272,10 @@ def open_published(directory: Path, dtype: torch.dtype | None = None) -> Iterato
 
 
 @contextmanager
-def open_zoo(directory: Path, config: AnyConfig) -> Iterator[TensorSource]:
-    """The tensors of a zoo checkpoint, checked against its config but not read yet."""
+def open_zoo(directory: Path, shapes: Mapping[str, Shape]) -> Iterator[TensorSource]:
+    """The tensors of a zoo checkpoint, checked against those of its model but not read yet."""
     with TensorSource(directory) as source:
-        check_tensors(source, parameter_shapes(config), ())
+        check_tensors(source, shapes, ())
         yield source
 
 

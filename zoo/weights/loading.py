@@ -15,7 +15,7 @@ from zoo.encoder_decoder_config import AnySpec, load_any_spec
 from zoo.model import Decoder
 from zoo.registry import all_names, checkpoints, encoder_decoder_names, find_any_spec, unknown
 from zoo.tokenizer import Tokenizer, check_vocab
-from zoo.weights.convert import open_published, open_zoo, published_directory, skeleton
+from zoo.weights.convert import open_published, open_zoo, published_directory, shapes_of, skeleton
 from zoo.weights.hub import download, is_hub_id
 from zoo.weights.precision import floating_dtype
 from zoo.weights.stream import tracked
@@ -44,8 +44,7 @@ def load(
     """
     _expect_decoder(source)
     directory = checkpoint_directory(source)
-    with _opened(directory, dtype, progress) as (spec, tensors):
-        model = skeleton(spec.model)
+    with _opened(directory, dtype, progress) as (model, tensors):
         if not isinstance(model, Decoder):
             raise not_a_decoder(source)
         _fill(model, tensors, dtype, device)
@@ -64,8 +63,7 @@ def load_encoder_decoder(
     progress: bool = False,
 ) -> EncoderDecoder:
     """A trained encoder-decoder, in eval mode; arguments and errors as ``load``."""
-    with _opened(source, dtype, progress) as (spec, tensors):
-        model = skeleton(spec.model)
+    with _opened(source, dtype, progress) as (model, tensors):
         if not isinstance(model, EncoderDecoder):
             raise ValueError(f"{source}: this is a decoder; use load")
         _fill(model, tensors, dtype, device)
@@ -182,16 +180,16 @@ def _expect_decoder(source: str | Path) -> None:
 @contextmanager
 def _opened(
     source: str | Path, dtype: torch.dtype, progress: bool
-) -> Iterator[tuple[AnySpec, Iterable[tuple[str, Tensor]]]]:
-    """The model that ``source`` names and its tensors under our names, checked but not read yet."""
+) -> Iterator[tuple[Decoder | EncoderDecoder, Iterable[tuple[str, Tensor]]]]:
+    """The model that ``source`` names, without memory, and its tensors under our names, checked but not read yet."""
     directory = checkpoint_directory(source)
     if (directory / CONFIG_FILE).is_file():
-        spec = load_any_spec(directory / CONFIG_FILE)
-        with open_zoo(directory, spec.model) as tensors:
-            yield spec, ((name, tensors.read(name)) for name in tensors.entries)
+        model = skeleton(load_any_spec(directory / CONFIG_FILE).model)
+        with open_zoo(directory, shapes_of(model)) as tensors:
+            yield model, ((name, tensors.read(name)) for name in tensors.entries)
     else:
         with open_published(published_directory(directory), dtype) as (spec, stream):
-            yield spec, tracked(stream, "loading", progress)
+            yield skeleton(spec.model), tracked(stream, "loading", progress)
 
 
 def _fill(

@@ -65,9 +65,16 @@ class Stream:
     def groups(self) -> Iterator[Named]:
         """See ``Groups``."""
         for op in self._ops:
-            yield op.to_zoo(self._source.read) if self._as_stored(op) else self._converted(op)
-            # The pages of an open file count as ours; closed after each group, they do not add up to the checkpoint.
-            self._source.close()
+            as_stored = self._as_stored(op)
+            # A view of a file keeps it mapped, with all that was read of it: what is copied is read by itself.
+            copied = not as_stored or len(op.sources) > 1
+            if copied:
+                self._source.close()
+            yield op.to_zoo(self._source.read) if as_stored else self._converted(op)
+            if copied:
+                self._source.close()
+            else:
+                self._source.let_go()
 
     def _as_stored(self, op: Op) -> bool:
         """Whether the sources of ``op`` are views of their file, in the dtype that is asked for."""
