@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.generation import generate
@@ -137,6 +137,15 @@ def test_other_dtypes_autocast_and_single_vectors_are_left_to_torch(library: Lib
         assert torch.equal(linear(x[0], weight), F.linear(x[0], weight))
         with torch.autocast("cpu", torch.bfloat16):
             assert linear(x, weight).dtype == torch.bfloat16
+
+
+def test_a_layer_begins_as_torchs() -> None:
+    layers = []
+    for kind in (Linear, nn.Linear):
+        torch.manual_seed(0)
+        layers.append(kind(3, 4))
+    for ours, theirs in zip(*(layer.parameters() for layer in layers), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.skipif(len(LIBRARIES) == 1, reason="torch has no oneDNN here")
