@@ -79,11 +79,11 @@ except OSError as error:
 
 
 class TestStreaming:
-    @pytest.fixture
-    def large(self, tmp_path: Path) -> Path:
-        """150 MB in groups of 8 MB."""
-        spec = find_spec("mixtral-tiny")
-        moe = dataclasses.replace(spec.model.moe, moe_intermediate_size=1024)
+    @pytest.fixture(params=["mixtral-tiny", "gpt-oss-tiny"])
+    def large(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+        """150 MB in groups of 8 MB, which are stacked or transposed."""
+        spec = find_spec(request.param)
+        moe = dataclasses.replace(spec.model.moe, num_experts=8, moe_intermediate_size=1024)
         config = dataclasses.replace(spec.model, num_layers=12, hidden_size=256, intermediate_size=1024, moe=moe)
         family, source = get_family(spec.family), tmp_path / "source"
         source.mkdir()

@@ -58,7 +58,7 @@ class Fp8Source(TensorSource):
         (rows, columns), (height, width) = region, self._block
         top, left = rows.start // height, columns.start // width
         touched = (slice(top, -(-rows.stop // height)), slice(left, -(-columns.stop // width)))
-        scales = self._box(self._scales[name].path, f"{name}{SUFFIX}", touched).float()
+        scales = self._file(self._scales[name].path).get_slice(f"{name}{SUFFIX}")[touched].float()
         of_column = torch.arange(columns.start, columns.stop) // width - left
         box = torch.empty((rows.stop - rows.start, columns.stop - columns.start), dtype=self._dtype)
         for number, of_block in enumerate(scales):

@@ -65,10 +65,14 @@ class Mxfp4Source(TensorSource):
         experts, columns, rows = region
         groups = slice(columns.start // GROUP, -(-columns.stop // GROUP))
         pairs = slice(0, GROUP // 2)
-        blocks = self._box(self._blocks[name].path, f"{name}_blocks", (experts, rows, groups, pairs))
-        scales = self._box(self._scales[name].path, f"{name}_scales", (experts, rows, groups))
+        blocks = self._packed(f"{name}_blocks", self._blocks[name], (experts, rows, groups, pairs))
+        scales = self._packed(f"{name}_scales", self._scales[name], (experts, rows, groups))
         first = groups.start * GROUP
         return unpack(blocks, scales)[..., columns.start - first : columns.stop - first].mT.contiguous()
+
+    def _packed(self, name: str, entry: Entry, region: Region) -> Tensor:
+        tensor: Tensor = self._file(entry.path).get_slice(name)[region]
+        return tensor
 
 
 def unpacked_entries(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from zoo.weights.ops import Op, Region, Shape
+from zoo.weights.ops import Op, Region, Rename, Shape
 from zoo.weights.source import TensorSource
 
 if TYPE_CHECKING:
@@ -67,14 +67,14 @@ class Stream:
         for op in self._ops:
             as_stored = self._as_stored(op)
             # A view of a file keeps it mapped, with all that was read of it: what is copied is read by itself.
-            copied = not as_stored or len(op.sources) > 1
-            if copied:
+            view = as_stored and isinstance(op, Rename)
+            if not view:
                 self._source.close()
             yield op.to_zoo(self._source.read) if as_stored else self._converted(op)
-            if copied:
-                self._source.close()
-            else:
+            if view:
                 self._source.let_go()
+            else:
+                self._source.close()
 
     def _as_stored(self, op: Op) -> bool:
         """Whether the sources of ``op`` are views of their file, in the dtype that is asked for."""
