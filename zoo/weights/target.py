@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 MAX_SHARD_BYTES = 2 * 1024**3
 """Default size of a shard."""
 
-HEADER_BYTES = 128 * 1024
-"""Room for the header of a shard, a multiple of the largest element; tensors that find none go to the next shard."""
+DATA_START = 128 * 1024
+"""Of a shard: a page begins there. Where it is mapped, tensors of whole cache lines, as matrices are, begin on one;
+where they begin between two, decoding takes longer (``scripts/alignment_table.py``)."""
+HEADER_BYTES = DATA_START - 8
+"""Room for the header of a shard, after the eight bytes of its length; tensors that find none go to the next shard."""
 HEADER_MARGIN, ENTRY_MARGIN = 64, 256
 """Of it for what is not a tensor, and for a tensor beside its name."""
 
@@ -131,7 +134,7 @@ class _Shard:
         self.size = 0
         self._header_bytes = HEADER_MARGIN
         self._file = path.open("wb")
-        self._file.seek(8 + HEADER_BYTES)
+        self._file.seek(DATA_START)
 
     def has_room(self, name: str, tensor: Tensor, max_bytes: int) -> bool:
         """Whether ``tensor`` fits, its name into the header and its elements to where they are aligned."""
