@@ -22,7 +22,7 @@ from zoo.registry import find_spec
 from zoo.weights import import_checkpoint, load, save_model
 from zoo.weights.convert import parameter_shapes
 from zoo.weights.ops import source_shapes
-from zoo.weights.source import INDEX_FILE, SINGLE_FILE
+from zoo.weights.source import INDEX_FILE, SINGLE_FILE, TensorSource
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -140,6 +140,14 @@ for convert, *paths in ((import_checkpoint, source, zoo), (export_checkpoint, zo
 
 
 class TestSource:
+    def test_a_file_cut_short_while_it_is_read(self, tmp_path: Path) -> None:
+        save_file({name: torch.arange(6.0) for name in "abc"}, tmp_path / SINGLE_FILE)
+        with TensorSource(tmp_path) as source:
+            assert source.read_stacked(["c", "a"]).tolist() == 2 * [[0, 1, 2, 3, 4, 5]]
+            os.truncate(tmp_path / SINGLE_FILE, (tmp_path / SINGLE_FILE).stat().st_size - 4)
+            with pytest.raises(ValueError, match="ends within tensor 'c'"):
+                source.read_stacked(["a", "c"])
+
     def test_name_without_weights(self) -> None:
         with pytest.raises(ValueError, match="mixtral-tiny: this model has no published weights"):
             load("mixtral-tiny")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from zoo.weights.ops import Op, Region, Rename, Shape
+from zoo.weights.ops import Op, Region, Rename, Shape, Stack
 from zoo.weights.source import TensorSource
 
 if TYPE_CHECKING:
@@ -66,6 +66,9 @@ class Stream:
         """See ``Groups``."""
         for op in self._ops:
             as_stored = self._as_stored(op)
+            if as_stored and isinstance(op, Stack):
+                yield iter([(op.target, self._source.read_stacked(op.sources).unflatten(0, op.leading))])
+                continue
             # A view of a file keeps it mapped, with all that was read of it: what is copied is read by itself.
             view = as_stored and isinstance(op, Rename)
             if not view:
