@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +42,7 @@ class Entry:
 class TensorSource:
     """The tensors of a directory with ``model.safetensors``, or with shards and their index.
 
-    One file is open at a time. Close it, or use it as a context manager.
+    One file is mapped at a time. Close it, or use it as a context manager.
 
     Args:
         directory: that holds them.
@@ -109,21 +108,19 @@ class TensorSource:
         dtype = getattr(torch, self.dtype(names[0]))
         stacked = torch.empty(len(names), *self.entries[names[0]].shape, dtype=dtype)
         rows = stacked.view(len(names), -1).view(torch.uint8).numpy()
-        with ExitStack() as stack:
-            paths = dict.fromkeys(self.entries[name].path for name in names)
-            files = {path: stack.enter_context(path.open("rb", buffering=0)) for path in paths}
 
-            def read(i: int) -> None:
-                path, view = self.entries[names[i]].path, memoryview(rows[i])
-                start = self._start(names[i])
+        def read(i: int) -> None:
+            path, view = self.entries[names[i]].path, memoryview(rows[i])
+            with path.open("rb", buffering=0) as file:
+                file.seek(self._start(names[i]))
                 while view:
-                    count = os.preadv(files[path].fileno(), [view], start)
+                    count = file.readinto(view)
                     if not count:
                         raise ValueError(f"{path}: ends within tensor {names[i]!r}; copy or download it again")
-                    view, start = view[count:], start + count
+                    view = view[count:]
 
-            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                list(pool.map(read, range(len(names))))
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(read, range(len(names))))
         return stacked
 
     def read_region(self, name: str, region: Region) -> Tensor:
