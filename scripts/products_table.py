@@ -21,7 +21,7 @@ from torch import Tensor
 
 from zoo.bench.layer import MANY, SHAPES, Shape
 from zoo.bench.timing import interleaved
-from zoo.layers.linear import Library, Way, product_by, product_into, products_by
+from zoo.layers.linear import Way, libraries, product, product_by, products_by
 
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 64, 128)
 
@@ -33,7 +33,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    for library in get_args(Library):
+    for library in libraries():
         print(f"GFLOP/s, {library:10}      forward        backward                               dense")
         print("              rows     up    down     d inner   d down     d up      d x        up")
         with products_by(library):
@@ -69,7 +69,7 @@ def products(shape: Shape, rounds: int) -> Iterator[float]:
         "d down": lambda: _each([r.t() for r in x], [r.t() for r in inner], of_down),
         "d up": lambda: _each([r.t() for r in both], [r.t() for r in x], of_up),
         "d x": lambda: _each(both, [w.t() for w in up], x),
-        "dense": lambda: product_into(dense, active, made),
+        "dense": lambda: product(dense, active, made),
     }
     twice = {"up": 2, "d up": 2, "d x": 2}
     seconds = interleaved(ways, rounds)
@@ -82,7 +82,7 @@ def products(shape: Shape, rounds: int) -> Iterator[float]:
 
 def _each(x: Sequence[Tensor], weights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     for of_x, weight, of_out in zip(x, weights, out, strict=True):
-        product_into(of_x, weight, of_out)
+        product(of_x, weight, of_out)
 
 
 def few(inputs: int, outputs: int, rows: int, rounds: int) -> dict[Way, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from typing import get_args
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,15 +15,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.generation import generate
-from zoo.layers.linear import VARIABLE, Library, Linear, add_product, linear, product, product_into, products_by
+from zoo.layers.linear import (
+    VARIABLE,
+    Library,
+    Linear,
+    add_product,
+    libraries,
+    linear,
+    product,
+    product_by,
+    products_by,
+)
 from zoo.layers.linear_nll import linear_nll, whole_nll
 from zoo.model import build
 from zoo.moe.ways import Way, computed_as
 from zoo.registry import find_spec
 
-LIBRARIES: tuple[Library, ...] = tuple(
-    library for library in get_args(Library) if library == "mkl" or torch.backends.mkldnn.is_available()
-)
+LIBRARIES = libraries()
 SHAPES = [(1, 96, 64), (1, 256, 512), (1, 640, 512), (3, 256, 256), (4, 1792, 128), (12, 256, 512), (200, 64, 130)]
 """n, I, O: one of each way that ``zoo.layers.linear`` takes with oneDNN, and its neighbours."""
 
@@ -98,7 +106,7 @@ def test_products_of_any_strides(
     exact = x.double() @ weight.double().t()
     out, total = torch.empty(n, outputs + 3)[:, 1:-2], torch.ones(n, outputs)
     with products_by(library):
-        product_into(x, weight, out)
+        product(x, weight, out)
         add_product(total, x, weight)
         close(product(x, weight), exact)
     close(out, exact)
@@ -115,17 +123,43 @@ def strided(rows: int, columns: int, strides: str) -> Tensor:
     return torch.randn(rows, columns + wider)[:, :columns]
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
-def test_results_larger_than_a_part(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut along the outputs or the rows, the last part being smaller."""
-    monkeypatch.setattr("zoo.layers.linear.PART", 1000)
-    monkeypatch.setattr("zoo.layers.linear.PART_OF_ROWS", 2000)
-    for n, outputs, turned in ((37, 301, False), (301, 37, False), (37, 301, True)):
-        x, out = torch.randn(n, 64), torch.empty(n, outputs)
-        weight = torch.randn(64, outputs).t() if turned else torch.randn(outputs, 64)
-        with products_by(library):
-            product_into(x, weight, out)
-        close(out, x.double() @ weight.double().t())
+@pytest.mark.skipif("onednn" not in LIBRARIES, reason="oneDNN is not there, or rounds to bf16")
+def test_products_in_many_threads_leave_torchs_setting() -> None:
+    """Each product is right while others begin and end, and afterwards torch's own are as they were set."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    x, weight = torch.randn(64, 96), torch.randn(512, 96)
+    exact = x.double() @ weight.double().t()
+
+    def products(_: int) -> None:
+        with products_by("onednn"):
+            for _ in range(50):
+                close(product(x, weight), exact)
+
+    for setting in ("ieee", "none"):
+        matmul.fp32_precision = setting
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(products, range(4)))
+        assert matmul.fp32_precision == setting
+
+
+@pytest.mark.skipif("onednn" not in LIBRARIES, reason="oneDNN is not there, or rounds to bf16")
+def test_a_product_that_fails_leaves_torchs_setting() -> None:
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    with products_by("onednn"), pytest.raises(RuntimeError, match="cannot be multiplied"):
+        product(torch.randn(64, 96), torch.randn(512, 95))
+    assert matmul.fp32_precision == before
+
+
+@pytest.mark.skipif("onednn" not in LIBRARIES, reason="oneDNN is not there, or rounds to bf16")
+@pytest.mark.parametrize(("n", "inputs", "outputs"), [(2, 512, 500), (16, 512, 512), (100, 300, 70), (128, 512, 256)])
+def test_products_by_onednn_are_of_whole_fp32_numbers(n: int, inputs: int, outputs: int) -> None:
+    """Numbers of 24 bits, each product with a single one of another matrix: no rounding, of any kind."""
+    x, chosen = torch.randn(n, inputs), torch.randperm(inputs)[:outputs]
+    columns = torch.nn.functional.one_hot(chosen, inputs).float()
+    for left, right in ((x, columns), (columns, x)):
+        by = product_by("onednn", left, right)
+        assert torch.equal(by if left is x else by.t(), x[:, chosen])
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

@@ -1,21 +1,22 @@
 """Products with a matrix of weights, on the CPU in the way that is the fastest on it.
 
 torch leaves fp32 to MKL, which takes no AVX-512 on AMD's CPUs. On a Zen 5 that is half the speed of oneDNN, which
-torch has as well, for bf16 and for compiled graphs. There and with MKL on Intel's CPUs some numbers of rows are
-quicker as columns. ``scripts/products_table.py`` times all of it.
+torch has as well, for bf16 and for compiled graphs. It takes fp32 where it is allowed to round to bf16, and rounds with
+AMX only: on CPUs without, products are those of fp32, which is tried out before any is left to it. There and with MKL
+on Intel's CPUs some numbers of rows are quicker as columns. ``scripts/products_table.py`` times all of it.
 
 Shapes: I inputs, O outputs, n rows.
 """
 
 from __future__ import annotations
 
-import math
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,10 +46,6 @@ MULTIPLICATIONS = 1 << 19
 
 ROUND = 16
 """Products of oneDNN have a multiple of so many rows, if they have more."""
-
-PART, PART_OF_ROWS = 1 << 20, 1 << 22
-"""Numbers that oneDNN makes at a time of a large result, as what it makes has to be copied to where it goes: of some
-columns, or of some rows, for which it lays out the whole matrix anew."""
 
 _PLAIN = (Tensor, nn.Parameter)
 _asked_for: list[Library] = []
@@ -88,27 +85,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _linear(x, weight, bias, way)
 
 
-def product(x: Tensor, weight: Tensor, buffer: Tensor | None = None) -> Tensor:
+def product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """x · weightᵀ [n, O], of any strides, without gradients.
 
     Args:
         x: [n, I]. weight: [O, I]. Both of any strides.
-        buffer: [n, O], memory that the result may be in.
+        out: [n, O], of any strides, where the result is written to if it is given.
     """
-    way = _way(x, weight)
-    if way == "rows" and buffer is not None:
-        return torch.mm(x, weight.t(), out=buffer)
-    return product_by(way, x, weight)
-
-
-def product_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """``product``, written to ``out`` [n, O]."""
-    way = _way(x, weight)
-    if way == "rows":
-        torch.mm(x, weight.t(), out=out)
-        return
-    for of_x, of_weight, of_out in _parts(x, weight, out):
-        of_out.copy_(product_by(way, of_x, of_weight))
+    return product_by(_way(x, weight), x, weight, out)
 
 
 def add_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -118,9 +102,11 @@ def add_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
         out[0].addmv_(weight, x[0])
     elif way == "rows":
         out.addmm_(x, weight.t())
+    elif way == "onednn" and len(x) > 1:
+        with _onednn_products:
+            out.addmm_(x, weight.t())
     else:
-        for of_x, of_weight, of_out in _parts(x, weight, out):
-            of_out += product_by(way, of_x, of_weight)
+        out += product_by(way, x, weight)
 
 
 def rows_of_product(count: int, weight: Tensor) -> int:
@@ -130,32 +116,18 @@ def rows_of_product(count: int, weight: Tensor) -> int:
     return count + -count % ROUND if _onednn_way(count, weight) == "onednn" else count
 
 
-def _parts(x: Tensor, weight: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """What makes some numbers of ``out`` at a time, so that they are in the cache until they are where they go."""
-    if weight.is_contiguous() and out.numel() > PART and len(weight) >= len(x):
-        size = _even(len(weight), out.numel() / PART)
-        yield from ((x, part, of_out) for part, of_out in zip(weight.split(size), out.split(size, 1), strict=True))
-    elif out.numel() > PART_OF_ROWS:
-        size = _even(len(x), out.numel() / PART_OF_ROWS)
-        x = x.contiguous()  # at once: transposing some columns of a matrix takes several times as long
-        yield from ((part, weight, of_out) for part, of_out in zip(x.split(size), out.split(size), strict=True))
-    else:
-        yield x, weight, out
-
-
-def _even(rows: int, parts: float) -> int:
-    """Rows of each of at least so many equal parts."""
-    return math.ceil(rows / min(rows, math.ceil(parts)))
-
-
-def product_by(way: Way, x: Tensor, weight: Tensor) -> Tensor:
+def product_by(way: Way, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """``product`` in this way."""
-    if way == "onednn":
-        return _onednn(x, weight, None)
-    if way == "columns":
-        return _columns(x, weight).t()
-    # MKL's own product of one row is the slower on Intel's CPUs.
-    return F.linear(x, weight) if len(x) > 1 or uses_onednn() else torch.mv(weight, x[0]).unsqueeze(0)
+    if len(x) > 1 and way == "onednn":
+        with _onednn_products:
+            return torch.mm(x, weight.t(), out=out)
+    if way == "rows" and (len(x) > 1 or out is not None):
+        return torch.mm(x, weight.t(), out=out)
+    if way == "rows":
+        # MKL's own product of one row is the slower on Intel's CPUs.
+        return F.linear(x, weight) if uses_onednn() else torch.mv(weight, x[0]).unsqueeze(0)
+    made = _columns(x, weight).t() if way == "columns" else _one_row(x, weight, None)
+    return made if out is None else out.copy_(made)
 
 
 def _columns(x: Tensor, weight: Tensor) -> Tensor:
@@ -212,9 +184,11 @@ class _Linear(torch.autograd.Function):
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What inductor calls for a linear layer; x [..., I] and weight [O, I] of any strides."""
+    """``linear`` by oneDNN, without gradients; x [..., I] and weight [O, I] of any strides."""
     rows = x.flatten(0, -2)
     count, inputs = rows.shape
+    if count == 1:
+        return _one_row(rows, weight, bias).view(*x.shape[:-1], -1)
     # New code is made for every shape, which takes as long as many a product: numbers of tokens are rounded up. They
     # are rows of x, or what is summed over, as in the gradient of a weight, where x is transposed.
     if rows.stride(1) == 1:
@@ -222,11 +196,46 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             rows = _with_zeros(rows, -count % ROUND)
     elif inputs % ROUND:
         rows, weight = (_with_zeros(matrix.t(), -inputs % ROUND).t() for matrix in (rows, weight))
+    with _onednn_products:
+        out = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+    return out[:count].unflatten(0, x.shape[:-1])
+
+
+def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [1, I] · weightᵀ + bias [1, O] by what inductor calls for a linear layer, the faster one of oneDNN for this."""
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         # For others oneDNN has but a loop over single numbers. Along the rows in memory, a copy is the fastest.
         weight = weight.t().contiguous().t() if weight.stride(0) == 1 else weight.contiguous()
-    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "none", [], "")
-    return out[:count].unflatten(0, x.shape[:-1])
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return out
+
+
+_matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+
+
+class _OneDNNProducts:
+    """Within the block torch takes products of fp32 from oneDNN: those of all threads, for that is how it is set."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._blocks = 0
+        self._before = "none"
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._blocks:
+                self._before = _matmul.fp32_precision
+                _matmul.fp32_precision = "bf16"
+            self._blocks += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._blocks -= 1
+            if not self._blocks:
+                _matmul.fp32_precision = self._before
+
+
+_onednn_products = _OneDNNProducts()
 
 
 def _with_zeros(matrix: Tensor, count: int) -> Tensor:
@@ -267,21 +276,39 @@ def products_by(library: Library) -> Iterator[None]:
 
 
 @cache
+def libraries() -> tuple[Library, ...]:
+    """Those that there are here."""
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return ("mkl", "onednn") if there and _onednn_keeps_fp32() else ("mkl",)
+
+
+def _onednn_keeps_fp32() -> bool:
+    """Whether products by oneDNN are of fp32, and not rounded to bf16, here.
+
+    Each of these numbers has more bits than bf16, and none of their multiples by powers of two has more than fp32.
+    """
+    x, powers = 1 + torch.arange(1, 129) * 2**-20, 2.0 ** torch.arange(-64, 64)
+    rows, scale = x.expand(64, 128).contiguous(), torch.diag(powers)
+    with _onednn_products:
+        made = [product for n in (2, 16, 64) for product in (rows[:n] @ scale, (scale @ rows[:n].t()).t())]
+        made += [torch.addmm(torch.zeros(128), rows, scale), *(rows.view(4, 16, 128) @ scale.expand(4, 128, 128))]
+    return all(torch.equal(one, (x * powers).expand_as(one)) for one in made)
+
+
+@cache
 def _library() -> Library:
     """What ``VARIABLE`` asks for, by default the one that was measured the faster on this CPU.
 
     Raises:
         ValueError: it asks for none, or for one that is not there.
     """
-    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     asked = os.environ.get(VARIABLE)
     if not asked:
-        return "onednn" if there and _zen5() else "mkl"
-    for library in get_args(Library):
-        if library == asked and (there or library == "mkl"):
+        return "onednn" if _zen5() and "onednn" in libraries() else "mkl"
+    for library in libraries():
+        if library == asked:
             return library
-    known = " or ".join(get_args(Library)) if there else "mkl"
-    raise ValueError(f"{VARIABLE}={asked!r}: no such library here; give {known}, or unset it")
+    raise ValueError(f"{VARIABLE}={asked!r}: no such library here; give {' or '.join(libraries())}, or unset it")
 
 
 def _zen5() -> bool:

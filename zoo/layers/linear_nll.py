@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from zoo.layers.linear import add_product, product, product_into
+from zoo.layers.linear import add_product, product
 
 IGNORED = -100
 """Label of a token that has none."""
@@ -107,7 +107,7 @@ class _LinearNLL(torch.autograd.Function):
                 chunk = slice(start, start + tokens)
                 x = hidden[chunk].to(dtype)
                 made, out = products[: len(x)], logits[: len(x)]
-                product_into(x, head, made)
+                product(x, head, made)
                 if dtype != wide:
                     out.copy_(made)
                 nll, grad = _chunk(out, labels[chunk].unsqueeze(1), multiplier, cap, of_hidden or of_weight)

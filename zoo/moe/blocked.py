@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.layers.ffn import Activation, gelu_tanh
-from zoo.layers.linear import add_product, product, product_into, rows_of_product, uses_onednn
+from zoo.layers.linear import add_product, product, rows_of_product
 from zoo.moe.dispatch import Assignment, assign
 from zoo.moe.router import RouterOutput
 
@@ -190,28 +190,19 @@ def blocks_of(counts: list[int], limit: int) -> list[Block]:
     return [*blocks, Block(slice(start, stop), experts, [counts[e] for e in experts])] if experts else blocks
 
 
-def _products(block: Block, rows: Tensor, weights: Sequence[Tensor], buffer: Tensor | None = None) -> Tensor:
-    """rows · weightsᵀ of its expert [n, O], in ``buffer`` or, where that saves a copy, not.
-
-    rows: [n, I] of ``block``. weights: E of [O, I].
-    """
-    if len(block.experts) == 1:
-        return product(rows, weights[block.experts[0]], None if uses_onednn() else buffer)
-    out = rows.new_empty(len(rows), len(weights[0])) if buffer is None else buffer
+def _products(block: Block, rows: Tensor, weights: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    """rows · weightsᵀ of its expert, in ``out`` [n, O]. rows: [n, I] of ``block``. weights: E of [O, I]."""
+    if out is None:
+        out = rows.new_empty(len(rows), len(weights[0]))
     for expert, x, y in zip(block.experts, rows.split(block.sizes), out.split(block.sizes), strict=True):
-        product_into(x, weights[expert], y)
+        product(x, weights[expert], y)
     return out
-
-
-def _size_of_buffer(blocks: Sequence[Block]) -> int:
-    """Rows of the largest block whose products go into a buffer, see ``_products``."""
-    return max((len(block) for block in blocks if len(block.experts) > 1 or not uses_onednn()), default=0)
 
 
 def _outer_products(block: Block, left: Tensor, right: Tensor, out: Sequence[Tensor]) -> None:
     """out[e] = leftᵀ · right over the rows of expert e. left: [n, O] of ``block``. right: [n, I]. out: E of [O, I]."""
     for expert, x, y in zip(block.experts, left.split(block.sizes), right.split(block.sizes), strict=True):
-        product_into(x.t(), y.t(), out[expert])
+        product(x.t(), y.t(), out[expert])
 
 
 def _forward(
@@ -229,7 +220,7 @@ def _forward(
     up_weights, down_weights = gate_up.flatten(1, 2).unbind(), down.unbind()
     out = torch.zeros_like(x)
     row_buffer, inner_buffer = x.new_empty(size, x.shape[1]), x.new_empty(size, width)
-    both_buffer = x.new_empty(_size_of_buffer(blocks), 2 * width) if kept is None else None
+    both_buffer = x.new_empty(size, 2 * width) if kept is None else None
     for block in blocks:
         tokens, n = token[block.rows], len(block)
         rows, inner = row_buffer[:n], inner_buffer[:n]
@@ -278,10 +269,9 @@ class _Mix(torch.autograd.Function):
         d_down = torch.empty_like(down) if of_down else None
         d_up_weights = None if d_gate_up is None else d_gate_up.flatten(1, 2).unbind()
         d_down_weights = None if d_down is None else d_down.unbind()
-        buffered = _size_of_buffer(ctx.blocks)
-        row_buffer, inner_buffer = x.new_empty(size, x.shape[1]), x.new_empty(buffered, width)
+        row_buffer, inner_buffer = x.new_empty(size, x.shape[1]), x.new_empty(size, width)
         both_buffer = x.new_empty(size, 2 * width)
-        again_buffer = None if ctx.keep else x.new_empty(buffered, 2 * width)
+        again_buffer = None if ctx.keep else x.new_empty(size, 2 * width)
         again_weights = () if ctx.keep else gate_up.flatten(1, 2).unbind()
         for number, block in enumerate(ctx.blocks):
             tokens, n = token[block.rows], len(block)
