@@ -149,7 +149,7 @@ def test_spare_rows_change_nothing(tokens: int, num_experts: int, top_k: int, mu
         for _ in range(2):
             out = mix_blocked(x, routing, *weights, block_rows=7)
             results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
-            patch.setattr("zoo.moe.blocked.rows_of_product", lambda count, _: count + -count % multiple)
+            patch.setattr("zoo.moe.blocked.rows_of_products", lambda counts, *_: [n + -n % multiple for n in counts])
     for plain, spare in zip(*results, strict=True):
         torch.testing.assert_close(spare, plain, rtol=1e-10, atol=1e-10)  # sums of numbers up to some hundreds
 
@@ -162,7 +162,7 @@ def test_with_spare_rows_what_is_not_finite_stays_with_its_token_and_expert() ->
     x = torch.randn(3, D, dtype=torch.float64)
     x[1] = 1e300
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zoo.moe.blocked.rows_of_product", lambda count, _: count + 3)
+        patch.setattr("zoo.moe.blocked.rows_of_products", lambda counts, *_: [n + 3 for n in counts])
         out = mix_blocked(x, RouterOutput(scores, scores, weights, experts), gate_up, down)
     gradients = torch.autograd.grad(out.sum(), (gate_up, down))
     for found in (out, *gradients):

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from zoo.generation import generate
 from zoo.layers.linear import (
+    ROUND,
+    SPARE,
     VARIABLE,
     Library,
     Linear,
@@ -24,7 +26,9 @@ from zoo.layers.linear import (
     linear,
     product,
     product_by,
+    products,
     products_by,
+    rows_of_products,
 )
 from zoo.layers.linear_nll import linear_nll, whole_nll
 from zoo.model import build
@@ -130,7 +134,7 @@ def test_products_in_many_threads_leave_torchs_setting() -> None:
     x, weight = torch.randn(64, 96), torch.randn(512, 96)
     exact = x.double() @ weight.double().t()
 
-    def products(_: int) -> None:
+    def some(_: int) -> None:
         with products_by("onednn"):
             for _ in range(50):
                 close(product(x, weight), exact)
@@ -138,7 +142,7 @@ def test_products_in_many_threads_leave_torchs_setting() -> None:
     for setting in ("ieee", "none"):
         matmul.fp32_precision = setting
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(products, range(4)))
+            list(pool.map(some, range(4)))
         assert matmul.fp32_precision == setting
 
 
@@ -160,6 +164,35 @@ def test_products_by_onednn_are_of_whole_fp32_numbers(n: int, inputs: int, outpu
     for left, right in ((x, columns), (columns, x)):
         by = product_by("onednn", left, right)
         assert torch.equal(by if left is x else by.t(), x[:, chosen])
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("rows", [1, 5, 48])
+def test_products_together_are_each_its_own(library: Library, rows: int) -> None:
+    """Forward, and as for the gradients of the factors; into the middle of a larger stack."""
+    x, weights = torch.randn(6, rows, 160), torch.randn(6, 200, 160)
+    gradient, stack = torch.randn(6, rows, 200), torch.zeros(8, 200, 160)
+    out, back = torch.empty(6, rows, 200), torch.empty(6, rows, 160)
+    with products_by(library):
+        products(x, weights, out)
+        products(gradient, weights.mT, back)
+        products(gradient.mT, x.mT, stack[1:-1])
+    close(out, x.double() @ weights.double().mT)
+    close(back, gradient.double() @ weights.double())
+    close(stack[1:-1], gradient.double().mT @ x.double())
+    assert not stack[0].any() and not stack[-1].any()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(LIBRARIES), st.lists(st.integers(0, 300), max_size=40), st.integers(1, 2000))
+def test_rows_that_are_added_are_few(library: Library, counts: list[int], limit: int) -> None:
+    with products_by(library):
+        wanted = rows_of_products(counts, torch.empty(256, 128), limit)
+    assert len(wanted) == len(counts)
+    for count, rows in zip(counts, wanted, strict=True):
+        assert rows == count if count <= ROUND or library == "mkl" else rows >= count and rows % ROUND == 0
+    rounded = sum(count + (-count % ROUND if count > ROUND else 0) for count in counts)
+    assert sum(wanted) <= (1 + SPARE) * rounded
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

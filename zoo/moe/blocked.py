@@ -12,8 +12,10 @@ Shapes: T tokens, K top-k, N = T·K routed rows, E experts, D model, F FFN.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.layers.ffn import Activation, gelu_tanh
-from zoo.layers.linear import add_product, product, rows_of_product
+from zoo.layers.linear import add_product, product, products, rows_of_products
 from zoo.moe.dispatch import Assignment, assign
 from zoo.moe.router import RouterOutput
 
@@ -131,10 +133,10 @@ def mix_blocked(
     """
     assignment = assign(routing)
     token, weight, counts = assignment.token, assignment.weight, assignment.counts.tolist()
-    wanted = [rows_of_product(count, down[0]) for count in counts]
+    limit = block_rows or max(256, BLOCK_NUMBERS // (down.shape[1] + 3 * down.shape[2]))
+    wanted = rows_of_products(counts, down[0], limit)
     if wanted != counts:
         token, weight = with_spare_rows(assignment, wanted)
-    limit = block_rows or max(256, BLOCK_NUMBERS // (down.shape[1] + 3 * down.shape[2]))
     gate, blocks = _GATES[activation], blocks_of(wanted, limit)
     leaves = (x, weight, gate_up, down)
     if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
@@ -190,19 +192,41 @@ def blocks_of(counts: list[int], limit: int) -> list[Block]:
     return [*blocks, Block(slice(start, stop), experts, [counts[e] for e in experts])] if experts else blocks
 
 
-def _products(block: Block, rows: Tensor, weights: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-    """rows · weightsᵀ of its expert, in ``out`` [n, O]. rows: [n, I] of ``block``. weights: E of [O, I]."""
+def _runs(block: Block) -> Iterator[tuple[slice, slice, int]]:
+    """Neighbouring experts with as many rows each: (which experts, which rows of the block, how many of each)."""
+    start = 0
+    for rows, run in groupby(zip(block.experts, block.sizes, strict=True), key=itemgetter(1)):
+        experts = [expert for expert, _ in run]
+        for first, last in _consecutive(experts):
+            stop = start + (last + 1 - first) * rows
+            yield slice(first, last + 1), slice(start, stop), rows
+            start = stop
+
+
+def _consecutive(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The first and the last of each run of ``numbers``, which ascend, without a gap."""
+    first = last = numbers[0]
+    for number in numbers[1:]:
+        if number > last + 1:
+            yield first, last
+            first = number
+        last = number
+    yield first, last
+
+
+def _products(block: Block, rows: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
+    """rows · weightsᵀ of its expert, in ``out`` [n, O]. rows: [n, I] of ``block``. weights: [E, O, I]."""
     if out is None:
-        out = rows.new_empty(len(rows), len(weights[0]))
-    for expert, x, y in zip(block.experts, rows.split(block.sizes), out.split(block.sizes), strict=True):
-        product(x, weights[expert], y)
+        out = rows.new_empty(len(rows), weights.shape[1])
+    for experts, of, each in _runs(block):
+        products(rows[of].unflatten(0, (-1, each)), weights[experts], out[of].unflatten(0, (-1, each)))
     return out
 
 
-def _outer_products(block: Block, left: Tensor, right: Tensor, out: Sequence[Tensor]) -> None:
-    """out[e] = leftᵀ · right over the rows of expert e. left: [n, O] of ``block``. right: [n, I]. out: E of [O, I]."""
-    for expert, x, y in zip(block.experts, left.split(block.sizes), right.split(block.sizes), strict=True):
-        product(x.t(), y.t(), out[expert])
+def _outer_products(block: Block, left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out[e] = leftᵀ · right over the rows of expert e. left: [n, O] of ``block``. right: [n, I]. out: [E, O, I]."""
+    for experts, of, each in _runs(block):
+        products(left[of].unflatten(0, (-1, each)).mT, right[of].unflatten(0, (-1, each)).mT, out[experts])
 
 
 def _forward(
@@ -217,7 +241,7 @@ def _forward(
 ) -> Tensor:
     """The sum [T, D]; pre-activations [n, 2F] of each block are added to ``kept`` where it is given."""
     width, size = down.shape[2], max(map(len, blocks), default=0)
-    up_weights, down_weights = gate_up.flatten(1, 2).unbind(), down.unbind()
+    up_weights = gate_up.flatten(1, 2)
     out = torch.zeros_like(x)
     row_buffer, inner_buffer = x.new_empty(size, x.shape[1]), x.new_empty(size, width)
     both_buffer = x.new_empty(size, 2 * width) if kept is None else None
@@ -231,7 +255,7 @@ def _forward(
         gate.forward(both[:, :width], inner)
         inner.mul_(both[:, width:]).mul_(weight[block.rows, None])
         del both  # not beside that of the next block
-        out.index_add_(0, tokens, _products(block, inner, down_weights, rows))
+        out.index_add_(0, tokens, _products(block, inner, down, rows))
     return out
 
 
@@ -261,18 +285,16 @@ class _Mix(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, gate_up, down, token, *kept = ctx.saved_tensors
         width, size = down.shape[2], max(map(len, ctx.blocks), default=0)
-        up_weights, down_weights = gate_up.flatten(1, 2).mT.unbind(), down.mT.unbind()
+        up_weights, down_weights = gate_up.flatten(1, 2).mT, down.mT
         of_x, _, of_gate_up, of_down = ctx.needs_input_grad[:4]
         d_x, d_weight = torch.zeros_like(x) if of_x else None, torch.empty_like(weight)
         # No memory for the gradient of experts that are frozen.
         d_gate_up = torch.empty_like(gate_up) if of_gate_up else None
         d_down = torch.empty_like(down) if of_down else None
-        d_up_weights = None if d_gate_up is None else d_gate_up.flatten(1, 2).unbind()
-        d_down_weights = None if d_down is None else d_down.unbind()
+        d_up_weights = None if d_gate_up is None else d_gate_up.flatten(1, 2)
         row_buffer, inner_buffer = x.new_empty(size, x.shape[1]), x.new_empty(size, width)
         both_buffer = x.new_empty(size, 2 * width)
         again_buffer = None if ctx.keep else x.new_empty(size, 2 * width)
-        again_weights = () if ctx.keep else gate_up.flatten(1, 2).unbind()
         for number, block in enumerate(ctx.blocks):
             tokens, n = token[block.rows], len(block)
             w = weight[block.rows, None]
@@ -280,7 +302,7 @@ class _Mix(torch.autograd.Function):
                 both = kept[number]
             else:
                 rows = torch.index_select(x, 0, tokens, out=row_buffer[:n])
-                both = _products(block, rows, again_weights, again_buffer[:n])
+                both = _products(block, rows, gate_up.flatten(1, 2), again_buffer[:n])
             gate, up = both.chunk(2, dim=1)
             rows = torch.index_select(gradient, 0, tokens, out=row_buffer[:n])
             d_inner, d_both = _products(block, rows, down_weights, inner_buffer[:n]), both_buffer[:n]
@@ -289,8 +311,8 @@ class _Mix(torch.autograd.Function):
             # The place of the gate's gradient holds the inner activations until that is known.
             inner = torch.mul(d_up, up, out=d_gate)
             torch.sum(inner * d_inner, dim=1, out=d_weight[block.rows])
-            if d_down_weights is not None:
-                _outer_products(block, rows, inner.mul_(w), d_down_weights)
+            if d_down is not None:
+                _outer_products(block, rows, inner.mul_(w), d_down)
             d_up.mul_(d_inner.mul_(w))
             ctx.gate.backward(d_inner.mul_(up), gate, d_gate)
             if d_up_weights is not None:
@@ -301,7 +323,7 @@ class _Mix(torch.autograd.Function):
                 d_x.index_add_(0, tokens, _products(block, d_both, up_weights, rows))
         busy = {expert for block in ctx.blocks for expert in block.experts}
         for expert in set(range(len(down))) - busy:
-            for of_experts in (d_up_weights, d_down_weights):
+            for of_experts in (d_up_weights, d_down):
                 if of_experts is not None:
                     of_experts[expert].zero_()
         return d_x, d_weight, d_gate_up, d_down, None, None, None, None
