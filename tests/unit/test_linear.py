@@ -266,8 +266,22 @@ def test_a_module_is_torchs_but_for_the_product() -> None:
 
 def asked(value: str) -> subprocess.CompletedProcess[str]:
     code = "import torch, zoo.layers.linear as l; l.linear(torch.ones(9, 9), torch.ones(9, 9)); print(l.uses_onednn())"
-    env = os.environ | {VARIABLE: value}
+    return python(code, {VARIABLE: value})
+
+
+def python(code: str, variables: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    env = os.environ | (variables or {})
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+
+@pytest.mark.skipif("onednn" not in LIBRARIES, reason="oneDNN is not there, or rounds to bf16")
+@pytest.mark.parametrize(
+    "where", ["torch.autocast('cpu', torch.bfloat16)", "torch.inference_mode()", "torch.device('meta')"]
+)
+def test_what_onednn_is_found_to_keep_depends_on_nothing_around(where: str) -> None:
+    code = "import torch, zoo.layers.linear as l\ntorch.set_default_dtype(torch.bfloat16)\n"
+    found = python(code + f"with torch.{where}: print(l.libraries())")
+    assert found.stdout == f"{LIBRARIES}\n", found.stderr
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

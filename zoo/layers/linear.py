@@ -288,13 +288,13 @@ def uses_onednn() -> bool:
 def _onednn_takes(x: Tensor, weight: Tensor) -> bool:
     """Whether it is in use and these are fp32 on the CPU, as plain tensors."""
     return (
-        uses_onednn()
+        type(x) in _PLAIN
+        and type(weight) in _PLAIN
         and x.dtype is torch.float32
         and weight.dtype is torch.float32
         and x.is_cpu
         and x.dim() > 1
-        and type(x) in _PLAIN
-        and type(weight) in _PLAIN
+        and uses_onednn()
     )
 
 
@@ -320,11 +320,13 @@ def _onednn_keeps_fp32() -> bool:
 
     Each of these numbers has more bits than bf16, and none of their multiples by powers of two has more than fp32.
     """
-    x, powers = 1 + torch.arange(1, 129) * 2**-20, 2.0 ** torch.arange(-64, 64)
+    fp32: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults
+    x, powers = 1 + torch.arange(1, 129, **fp32) * 2**-20, 2 ** torch.arange(-64, 64, **fp32)
     rows, scale = x.expand(64, 128).contiguous(), torch.diag(powers)
-    with _onednn_products:
-        made = [product for n in (2, 16, 64) for product in (rows[:n] @ scale, (scale @ rows[:n].t()).t())]
-        made += [torch.addmm(torch.zeros(128), rows, scale), *(rows.view(4, 16, 128) @ scale.expand(4, 128, 128))]
+    with torch.autocast("cpu", enabled=False), _onednn_products:
+        made = [out for n in (2, 16, 64) for out in (rows[:n] @ scale, (scale @ rows[:n].t()).t())]
+        made += [torch.addmm(torch.zeros(128, **fp32), rows, scale)]
+        made += rows.view(4, 16, 128) @ scale.expand(4, 128, 128)
     return all(torch.equal(one, (x * powers).expand_as(one)) for one in made)
 
 
