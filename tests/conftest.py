@@ -9,6 +9,8 @@ from pathlib import Path
 
 # One thread a process: tests run side by side, and results on CPU must not depend on the number of cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# With AMX oneDNN would round products of fp32, and none would be left to it: tests are of a CPU without.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 # No test may reach a hub: what a test needs is in the repository, made by the test, or in `shared_data`.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
-from zoo.layers.attend import attend, attend_softcapped, attend_with_sinks, flash_available
+from zoo.layers.attend import MANY_QUERIES, attend, attend_softcapped, attend_with_sinks, flash_available
+from zoo.layers.linear import libraries, products_by
 from zoo.layers.sequence import SequenceLayout, sequence_layout
 
 SCALE = 0.3
@@ -75,6 +78,49 @@ def test_a_sink_takes_its_share_and_gives_nothing(case: int) -> None:
     share = scores.exp().sum(-1, keepdim=True) / (scores.exp().sum(-1, keepdim=True) + sinks.exp()[:, None, None])
     expected = written_out(q, k, v, layout) * share.transpose(1, 2)
     torch.testing.assert_close(attend_with_sinks(q, k, v, layout, SCALE, sinks), expected)
+
+
+class Precisions(TorchDispatchMode):
+    """What products of fp32 may be taken from while torch's kernel runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if "flash_attention_for_cpu" in str(func):
+            self.seen.append(torch.backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif("onednn" not in libraries(), reason="oneDNN is not there, or rounds to bf16")
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("packed", [False, True], ids=["causal", "packed"])
+@pytest.mark.parametrize("v_size", [16, 8])
+def test_many_queries_by_onednn_and_their_gradients_are_those_of_fp64(v_size: int, packed: bool, again: bool) -> None:
+    """In fp32 throughout: rounded to bf16, errors would be a thousand times as large."""
+    length = MANY_QUERIES + 7
+    documents = (torch.arange(length) >= 300).long().expand(2, -1) if packed else None
+    ids = torch.zeros(2, length, dtype=torch.long)
+    layout = sequence_layout(ids, past=0, past_valid=None, attention_mask=None, document_ids=documents)
+    leaves = [torch.randn(2, heads, length, n, requires_grad=True) for heads, n in ((4, 16), (2, 16), (2, v_size))]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    gradient = torch.randn(2, length, 4, v_size)
+    expected = written_out(*exact, layout)
+    gradients = torch.autograd.grad(expected, exact, gradient.double())
+    with products_by("onednn"), Precisions() as precisions:
+        if again:
+            out = checkpoint(attend, *leaves, layout, SCALE, use_reentrant=False)
+        else:
+            out = attend(*leaves, layout, SCALE)
+        found = torch.autograd.grad(out, leaves, gradient)
+        assert precisions.seen == ["bf16"] * (3 if again else 2)
+        with torch.no_grad():
+            attend(*leaves, layout, SCALE)
+    assert precisions.seen[-1] == torch.backends.mkldnn.matmul.fp32_precision == "none"  # type: ignore[attr-defined]
+    assert (out - expected).abs().max() < 1e-5
+    for one, other in zip(found, gradients, strict=True):
+        assert (one - other).abs().max() < 1e-5 * other.abs().max()
 
 
 @pytest.mark.gpu

@@ -7,12 +7,22 @@ from __future__ import annotations
 
 import importlib.util
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from zoo.layers.linear import onednn_products, onednn_takes
 from zoo.layers.sequence import SequenceLayout
+
+MANY_QUERIES = 1024
+"""In so many torch's CPU kernel takes 1.7 times as long with MKL's products as with oneDNN's on a Zen 5, forward and
+backward; in 256 it is as fast with either, for its blocks are smaller there."""
+
+_cpu_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_cpu_kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
@@ -34,10 +44,54 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, scale: float
     if size < q.shape[-1] and q.device.type == "cpu" and torch.backends.cuda.flash_sdp_enabled():
         # The CPU's kernel that never writes out the scores takes values of the keys' size only.
         v = F.pad(v, (0, q.shape[-1] - size))
+    if _by_onednn(q, k, v):
+        out: Tensor = _ByOneDNN.apply(q, k, v, layout.mask, layout.is_causal, scale)
+        return out[..., :size].transpose(1, 2)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=layout.mask, is_causal=layout.is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out[..., :size].transpose(1, 2)
+
+
+def _by_onednn(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch's CPU kernel computes this, is differentiated, and is faster with oneDNN's products."""
+    return (
+        q.shape[2] >= MANY_QUERIES
+        and not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and any(x.requires_grad for x in (q, k, v))
+        and q.shape[-1] == v.shape[-1]
+        and torch.backends.cuda.flash_sdp_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and onednn_takes(q, k)
+        and onednn_takes(q, v)
+    )
+
+
+class _ByOneDNN(torch.autograd.Function):
+    """``F.scaled_dot_product_attention`` on the CPU, its products and those of its gradients by oneDNN."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+    ) -> Tensor:
+        added = None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+        with onednn_products:
+            out: Tensor
+            out, logsumexp = _cpu_kernel(q, k, v, 0.0, is_causal, attn_mask=added, scale=scale)
+        ctx.save_for_backward(q, k, v, added, out, logsumexp)
+        ctx.is_causal, ctx.scale = is_causal, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        *forward, added, out, logsumexp = ctx.saved_tensors
+        with onednn_products:
+            gradients = _cpu_kernel_backward(
+                gradient, *forward, out, logsumexp, 0.0, ctx.is_causal, attn_mask=added, scale=ctx.scale
+            )
+        return *gradients, None, None, None
 
 
 def attend_softcapped(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, scale: float, softcap: float) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -80,7 +80,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # Sizes first: to ask for all else takes as long as the product of a token in a small model.
     if torch.compiler.is_compiling() or (way := _onednn_way(x.numel() // weight.shape[1], weight)) == "rows":
         return F.linear(x, weight, bias)
-    if not _onednn_takes(x, weight) or torch.is_autocast_enabled("cpu"):
+    if not onednn_takes(x, weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         out: Tensor = _Linear.apply(x, weight, bias, way)
@@ -106,7 +106,7 @@ def add_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
     elif way == "rows":
         out.addmm_(x, weight.t())
     elif way == "onednn" and len(x) > 1:
-        with _onednn_products:
+        with onednn_products:
             out.addmm_(x, weight.t())
     else:
         out += product_by(way, x, weight)
@@ -114,9 +114,9 @@ def add_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
 
 def products(x: Tensor, weights: Tensor, out: Tensor) -> None:
     """``product`` of each x [k, n, I] with its weight [k, O, I], written to ``out`` [k, n, O]."""
-    if len(x) > 1 and _way(x[0], weights[0]) == "onednn":
+    if len(x) > 1 and _made_together(x.shape[1], weights[0]) and _takes(x[0], weights[0]):
         # Every thread makes whole ones, where all threads share a single one.
-        with _onednn_products:
+        with onednn_products if uses_onednn() else nullcontext():
             torch.bmm(x, weights.mT, out=out)
         return
     for one, weight, of_out in zip(x, weights, out, strict=True):
@@ -129,30 +129,38 @@ def rows_of_products(counts: Sequence[int], weight: Tensor, limit: int) -> list[
     At least as many; see ``ROUND``. Neighbours get as many as each other where they are made together, ``products``,
     which is faster by more than ``SPARE`` takes; so many have at most ``limit`` rows.
     """
-    if not uses_onednn() or weight.dtype is not torch.float32 or not weight.is_cpu:
+    if weight.dtype is not torch.float32 or not weight.is_cpu:
         return list(counts)
-    rounded = [_rounded(count, weight) for count in counts]
     wanted: list[int] = []
     run: list[int] = []
-    for rows in rounded:
+    for rows in (_rounded(count, weight) for count in counts):
         longer = [*run, rows]
-        small = min(longer) <= ROUND or _onednn_way(min(longer), weight) != "onednn"
-        if small or max(longer) * len(longer) > min(limit, (1 + SPARE) * sum(longer)):
+        alone = not _made_together(min(longer), weight)
+        if alone or max(longer) * len(longer) > min(limit, (1 + SPARE) * sum(longer)):
             wanted += [max(run, default=0)] * len(run)
             longer = [rows]
         run = longer
     return wanted + [max(run, default=0)] * len(run)
 
 
+def _made_together(rows: int, weight: Tensor) -> bool:
+    """Whether several products of so many rows are faster in one call; with MKL they are if threads would share one."""
+    if rows <= ROUND:
+        return False
+    return _onednn_way(rows, weight) == "onednn" if uses_onednn() else torch.get_num_threads() > 1
+
+
 def _rounded(count: int, weight: Tensor) -> int:
     """Rows, see ``ROUND``."""
-    return count + -count % ROUND if count > ROUND and _onednn_way(count, weight) == "onednn" else count
+    if count <= ROUND or not uses_onednn() or _onednn_way(count, weight) != "onednn":
+        return count
+    return count + -count % ROUND
 
 
 def product_by(way: Way, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """``product`` in this way."""
     if len(x) > 1 and way == "onednn":
-        with _onednn_products:
+        with onednn_products:
             return torch.mm(x, weight.t(), out=out)
     if way == "rows" and (len(x) > 1 or out is not None):
         return torch.mm(x, weight.t(), out=out)
@@ -172,7 +180,7 @@ def _way(x: Tensor, weight: Tensor) -> Way:
     """How ``product`` is computed."""
     if uses_onednn():
         way = _onednn_way(len(x), weight)
-        return way if way == "rows" or _onednn_takes(x, weight) else "rows"
+        return way if way == "rows" or onednn_takes(x, weight) else "rows"
     many = len(x) in SOME_ROWS and weight.numel() >= LARGE * torch.get_num_threads()
     return "columns" if many else "rows"
 
@@ -229,7 +237,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             rows = _with_zeros(rows, -count % ROUND)
     elif inputs % ROUND:
         rows, weight = (_with_zeros(matrix.t(), -inputs % ROUND).t() for matrix in (rows, weight))
-    with _onednn_products:
+    with onednn_products:
         out = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
     return out[:count].unflatten(0, x.shape[:-1])
 
@@ -268,7 +276,8 @@ class _OneDNNProducts:
                 _matmul.fp32_precision = self._before
 
 
-_onednn_products = _OneDNNProducts()
+onednn_products = _OneDNNProducts()
+"""For blocks of what ``onednn_takes``."""
 
 
 def _with_zeros(matrix: Tensor, count: int) -> Tensor:
@@ -285,8 +294,13 @@ def uses_onednn() -> bool:
     return (_asked_for[-1] if _asked_for else _library()) == "onednn"
 
 
-def _onednn_takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether it is in use and these are fp32 on the CPU, as plain tensors."""
+def onednn_takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether it is in use and can make this product."""
+    return _takes(x, weight) and uses_onednn()
+
+
+def _takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether these are fp32 on the CPU, as plain tensors."""
     return (
         type(x) in _PLAIN
         and type(weight) in _PLAIN
@@ -294,7 +308,6 @@ def _onednn_takes(x: Tensor, weight: Tensor) -> bool:
         and weight.dtype is torch.float32
         and x.is_cpu
         and x.dim() > 1
-        and uses_onednn()
     )
 
 
@@ -323,7 +336,7 @@ def _onednn_keeps_fp32() -> bool:
     fp32: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults
     x, powers = 1 + torch.arange(1, 129, **fp32) * 2**-20, 2 ** torch.arange(-64, 64, **fp32)
     rows, scale = x.expand(64, 128).contiguous(), torch.diag(powers)
-    with torch.autocast("cpu", enabled=False), _onednn_products:
+    with torch.autocast("cpu", enabled=False), onednn_products:
         made = [out for n in (2, 16, 64) for out in (rows[:n] @ scale, (scale @ rows[:n].t()).t())]
         made += [torch.addmm(torch.zeros(128, **fp32), rows, scale)]
         made += rows.view(4, 16, 128) @ scale.expand(4, 128, 128)
