@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -114,9 +114,9 @@ def add_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
 
 def products(x: Tensor, weights: Tensor, out: Tensor) -> None:
     """``product`` of each x [k, n, I] with its weight [k, O, I], written to ``out`` [k, n, O]."""
-    if len(x) > 1 and _made_together(x.shape[1], weights[0]) and _takes(x[0], weights[0]):
+    if len(x) > 1 and _made_together(x.shape[1], weights[0]) and onednn_takes(x[0], weights[0]):
         # Every thread makes whole ones, where all threads share a single one.
-        with onednn_products if uses_onednn() else nullcontext():
+        with onednn_products:
             torch.bmm(x, weights.mT, out=out)
         return
     for one, weight, of_out in zip(x, weights, out, strict=True):
@@ -129,7 +129,7 @@ def rows_of_products(counts: Sequence[int], weight: Tensor, limit: int) -> list[
     At least as many; see ``ROUND``. Neighbours get as many as each other where they are made together, ``products``,
     which is faster by more than ``SPARE`` takes; so many have at most ``limit`` rows.
     """
-    if weight.dtype is not torch.float32 or not weight.is_cpu:
+    if not uses_onednn() or weight.dtype is not torch.float32 or not weight.is_cpu:
         return list(counts)
     wanted: list[int] = []
     run: list[int] = []
@@ -144,17 +144,13 @@ def rows_of_products(counts: Sequence[int], weight: Tensor, limit: int) -> list[
 
 
 def _made_together(rows: int, weight: Tensor) -> bool:
-    """Whether several products of so many rows are faster in one call; with MKL they are if threads would share one."""
-    if rows <= ROUND:
-        return False
-    return _onednn_way(rows, weight) == "onednn" if uses_onednn() else torch.get_num_threads() > 1
+    """Whether several products of so many rows are faster in one call: not MKL's, spare rows and all."""
+    return uses_onednn() and rows > ROUND and _onednn_way(rows, weight) == "onednn"
 
 
 def _rounded(count: int, weight: Tensor) -> int:
     """Rows, see ``ROUND``."""
-    if count <= ROUND or not uses_onednn() or _onednn_way(count, weight) != "onednn":
-        return count
-    return count + -count % ROUND
+    return count + -count % ROUND if count > ROUND and _onednn_way(count, weight) == "onednn" else count
 
 
 def product_by(way: Way, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
@@ -295,12 +291,7 @@ def uses_onednn() -> bool:
 
 
 def onednn_takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether it is in use and can make this product."""
-    return _takes(x, weight) and uses_onednn()
-
-
-def _takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether these are fp32 on the CPU, as plain tensors."""
+    """Whether it is in use and these are fp32 on the CPU, as plain tensors."""
     return (
         type(x) in _PLAIN
         and type(weight) in _PLAIN
@@ -308,6 +299,7 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
         and weight.dtype is torch.float32
         and x.is_cpu
         and x.dim() > 1
+        and uses_onednn()
     )
 
 
