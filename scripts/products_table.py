@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import get_args
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from zoo.bench.layer import MANY, SHAPES, Shape
 from zoo.bench.timing import interleaved
-from zoo.layers.linear import Way, libraries, product, product_by, products, products_by
+from zoo.layers.linear import Way, libraries, onednn_products, product, product_by, products_by, uses_onednn
 
 TOGETHER = 8
 """About as many as are in a block of fine experts."""
@@ -112,8 +113,9 @@ def _each(x: Tensor, weights: Tensor, out: Tensor) -> Callable[[], None]:
 
 def _some(x: Tensor, weights: Tensor, out: Tensor) -> Callable[[], None]:
     def call() -> None:
-        for of in zip(*(tensor.split(TOGETHER) for tensor in (x, weights, out)), strict=True):
-            products(*of)
+        with onednn_products if uses_onednn() else nullcontext():
+            for of_x, some, of_out in zip(*(tensor.split(TOGETHER) for tensor in (x, weights, out)), strict=True):
+                torch.bmm(of_x, some.mT, out=of_out)
 
     return call
 
