@@ -123,6 +123,16 @@ def products(x: Tensor, weights: Tensor, out: Tensor) -> None:
         product(one, weight, of_out)
 
 
+def products_apart(left: Sequence[Tensor], right: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    """left [n, I] · right [I, O] of each, which have I and O, or n and O, in common, written to its ``out`` [n, O]."""
+    if uses_onednn() or right[0].numel() >= LARGE * torch.get_num_threads():
+        for one, other, of_out in zip(left, right, out, strict=True):
+            product(one, other.t(), of_out)
+    else:  # torch's own way, whatever the rows: to decide for each takes some hundredths of a small one
+        for one, other, of_out in zip(left, right, out, strict=True):
+            torch.mm(one, other, out=of_out)
+
+
 def rows_of_products(counts: Sequence[int], weight: Tensor, limit: int) -> list[int]:
     """Of how many rows products of ``counts`` with matrices of the size of ``weight`` [O, I] are best made, in turn.
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.layers.ffn import Activation, gelu_tanh
-from zoo.layers.linear import add_product, product, products, rows_of_products
+from zoo.layers.linear import add_product, product, products, products_apart, rows_of_products
 from zoo.moe.dispatch import Assignment, assign
 from zoo.moe.router import RouterOutput
 
@@ -177,6 +177,12 @@ class Block:
     def __len__(self) -> int:
         return self.rows.stop - self.rows.start
 
+    def own(self, stack: Tensor) -> list[Tensor]:
+        """[E, ...] → those of its experts."""
+        first = self.experts[0]
+        near = stack[first : self.experts[-1] + 1].unbind()
+        return [near[expert - first] for expert in self.experts]
+
     @cached_property
     def together(self) -> bool:
         """Whether neighbours have as many rows as each other, more than one in four: else a loop takes less time."""
@@ -228,8 +234,7 @@ def _products(block: Block, rows: Tensor, weights: Tensor, out: Tensor | None = 
         for experts, of, each in _runs(block):
             products(rows[of].unflatten(0, (-1, each)), weights[experts], out[of].unflatten(0, (-1, each)))
     else:
-        for expert, x, y in zip(block.experts, rows.split(block.sizes), out.split(block.sizes), strict=True):
-            product(x, weights[expert], y)
+        products_apart(rows.split(block.sizes), block.own(weights.mT), out.split(block.sizes))
     return out
 
 
@@ -239,8 +244,7 @@ def _outer_products(block: Block, left: Tensor, right: Tensor, out: Tensor) -> N
         for experts, of, each in _runs(block):
             products(left[of].unflatten(0, (-1, each)).mT, right[of].unflatten(0, (-1, each)).mT, out[experts])
     else:
-        for expert, x, y in zip(block.experts, left.split(block.sizes), right.split(block.sizes), strict=True):
-            product(x.t(), y.t(), out[expert])
+        products_apart(left.t().split(block.sizes, dim=1), right.split(block.sizes), block.own(out))
 
 
 def _forward(
