@@ -95,14 +95,15 @@ class Precisions(TorchDispatchMode):
 
 @pytest.mark.skipif("onednn" not in libraries(), reason="oneDNN is not there, or rounds to bf16")
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("packed", [False, True], ids=["causal", "packed"])
+@pytest.mark.parametrize("case", ["causal", "packed", "window"])
 @pytest.mark.parametrize("v_size", [16, 8])
-def test_many_queries_by_onednn_and_their_gradients_are_those_of_fp64(v_size: int, packed: bool, again: bool) -> None:
+def test_many_queries_by_onednn_and_their_gradients_are_those_of_fp64(v_size: int, case: str, again: bool) -> None:
     """In fp32 throughout: rounded to bf16, errors would be a thousand times as large."""
     length = MANY_QUERIES + 7
-    documents = (torch.arange(length) >= 300).long().expand(2, -1) if packed else None
+    documents = (torch.arange(length) >= 300).long().expand(2, -1) if case == "packed" else None
     ids = torch.zeros(2, length, dtype=torch.long)
     layout = sequence_layout(ids, past=0, past_valid=None, attention_mask=None, document_ids=documents)
+    layout = layout.within(100 if case == "window" else None)
     leaves = [torch.randn(2, heads, length, n, requires_grad=True) for heads, n in ((4, 16), (2, 16), (2, v_size))]
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     gradient = torch.randn(2, length, 4, v_size)
@@ -121,6 +122,17 @@ def test_many_queries_by_onednn_and_their_gradients_are_those_of_fp64(v_size: in
     assert (out - expected).abs().max() < 1e-5
     for one, other in zip(found, gradients, strict=True):
         assert (one - other).abs().max() < 1e-5 * other.abs().max()
+
+
+@pytest.mark.skipif("onednn" not in libraries(), reason="oneDNN is not there, or rounds to bf16")
+def test_many_queries_of_other_strides_are_the_same() -> None:
+    """torch's CPU kernel reads the numbers of a head one after the other, whatever their stride."""
+    ids = torch.zeros(1, MANY_QUERIES, dtype=torch.long)
+    layout = sequence_layout(ids, past=0, past_valid=None, attention_mask=None, document_ids=None)
+    q, k, v = (torch.randn(1, 2, 16, MANY_QUERIES, requires_grad=True).mT for _ in range(3))
+    with products_by("onednn"):
+        out = attend(q, k, v, layout, SCALE)
+    assert (out - written_out(q.double(), k.double(), v.double(), layout)).abs().max() < 1e-5
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from zoo.layers.ffn import Activation
-from zoo.layers.linear import LARGE, SOME_ROWS
+from zoo.layers.linear import LARGE, SOME_ROWS, Library, libraries, products_by
 from zoo.model import build
 from zoo.moe.blocked import blocks_of, mix_blocked, mix_one
 from zoo.moe.dispatch import LocalDispatcher
@@ -138,13 +138,22 @@ def test_blocks_hold_every_row_once_and_whole_experts(counts: list[int], limit: 
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 4), st.integers(1, 8), st.integers(0, 1000))
-def test_spare_rows_change_nothing(tokens: int, num_experts: int, top_k: int, multiple: int, seed: int) -> None:
+@given(
+    st.sampled_from(libraries()),
+    st.integers(1, 40),
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.integers(1, 8),
+    st.integers(0, 1000),
+)
+def test_spare_rows_change_nothing(
+    library: Library, tokens: int, num_experts: int, top_k: int, multiple: int, seed: int
+) -> None:
     torch.manual_seed(seed)
     x, routing = routed(tokens, num_experts, min(top_k, num_experts))
     weights = parameters(num_experts)
     leaves = (x, routing.weights, *weights)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, products_by(library):
         results = []
         for _ in range(2):
             out = mix_blocked(x, routing, *weights, block_rows=7)

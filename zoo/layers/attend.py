@@ -61,6 +61,7 @@ def _by_onednn(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and torch.is_grad_enabled()
         and any(x.requires_grad for x in (q, k, v))
         and q.shape[-1] == v.shape[-1]
+        and all(x.stride(-1) == 1 for x in (q, k, v))
         and torch.backends.cuda.flash_sdp_enabled()
         and not torch.is_autocast_enabled("cpu")
         and onednn_takes(q, k)

@@ -114,7 +114,7 @@ def add_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
 
 def products(x: Tensor, weights: Tensor, out: Tensor) -> None:
     """``product`` of each x [k, n, I] with its weight [k, O, I], written to ``out`` [k, n, O]."""
-    if len(x) > 1 and _made_together(x.shape[1], weights[0]) and onednn_takes(x[0], weights[0]):
+    if len(x) > 1 and _way(x[0], weights[0]) == "onednn":
         # Every thread makes whole ones, where all threads share a single one.
         with onednn_products:
             torch.bmm(x, weights.mT, out=out)
@@ -124,8 +124,11 @@ def products(x: Tensor, weights: Tensor, out: Tensor) -> None:
 
 
 def products_apart(left: Sequence[Tensor], right: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-    """left [n, I] · right [I, O] of each, which have I and O, or n and O, in common, written to its ``out`` [n, O]."""
-    if uses_onednn() or right[0].numel() >= LARGE * torch.get_num_threads():
+    """left [n, I] · right [I, O] of each, one after the other, written to its ``out`` [n, O].
+
+    Whether matrices are large is asked of the first of ``right``.
+    """
+    if right[0].numel() >= LARGE * torch.get_num_threads():
         for one, other, of_out in zip(left, right, out, strict=True):
             product(one, other.t(), of_out)
     else:  # torch's own way, whatever the rows: to decide for each takes some hundredths of a small one
@@ -141,21 +144,17 @@ def rows_of_products(counts: Sequence[int], weight: Tensor, limit: int) -> list[
     """
     if not uses_onednn() or weight.dtype is not torch.float32 or not weight.is_cpu:
         return list(counts)
+    rounded = [_rounded(count, weight) for count in counts]
     wanted: list[int] = []
     run: list[int] = []
-    for rows in (_rounded(count, weight) for count in counts):
+    for rows in rounded:
         longer = [*run, rows]
-        alone = not _made_together(min(longer), weight)
-        if alone or max(longer) * len(longer) > min(limit, (1 + SPARE) * sum(longer)):
+        small = min(longer) <= ROUND or _onednn_way(min(longer), weight) != "onednn"
+        if small or max(longer) * len(longer) > min(limit, (1 + SPARE) * sum(longer)):
             wanted += [max(run, default=0)] * len(run)
             longer = [rows]
         run = longer
     return wanted + [max(run, default=0)] * len(run)
-
-
-def _made_together(rows: int, weight: Tensor) -> bool:
-    """Whether several products of so many rows are faster in one call: not MKL's, spare rows and all."""
-    return uses_onednn() and rows > ROUND and _onednn_way(rows, weight) == "onednn"
 
 
 def _rounded(count: int, weight: Tensor) -> int:

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import groupby, pairwise
+from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.layers.ffn import Activation, gelu_tanh
-from zoo.layers.linear import add_product, product, products, products_apart, rows_of_products
+from zoo.layers.linear import add_product, product, products, products_apart, rows_of_products, uses_onednn
 from zoo.moe.dispatch import Assignment, assign
 from zoo.moe.router import RouterOutput
 
@@ -183,11 +182,6 @@ class Block:
         near = stack[first : self.experts[-1] + 1].unbind()
         return [near[expert - first] for expert in self.experts]
 
-    @cached_property
-    def together(self) -> bool:
-        """Whether neighbours have as many rows as each other, more than one in four: else a loop takes less time."""
-        return 4 * sum(one == other for one, other in pairwise(self.sizes)) > len(self.sizes)
-
 
 def blocks_of(counts: list[int], limit: int) -> list[Block]:
     """counts: [E] rows of each expert → blocks of at most ``limit`` rows, or of one expert that has more."""
@@ -230,7 +224,7 @@ def _products(block: Block, rows: Tensor, weights: Tensor, out: Tensor | None = 
     """rows · weightsᵀ of its expert, in ``out`` [n, O]. rows: [n, I] of ``block``. weights: [E, O, I]."""
     if out is None:
         out = rows.new_empty(len(rows), weights.shape[1])
-    if block.together:
+    if uses_onednn():
         for experts, of, each in _runs(block):
             products(rows[of].unflatten(0, (-1, each)), weights[experts], out[of].unflatten(0, (-1, each)))
     else:
@@ -240,7 +234,7 @@ def _products(block: Block, rows: Tensor, weights: Tensor, out: Tensor | None = 
 
 def _outer_products(block: Block, left: Tensor, right: Tensor, out: Tensor) -> None:
     """out[e] = leftᵀ · right over the rows of expert e. left: [n, O] of ``block``. right: [n, I]. out: [E, O, I]."""
-    if block.together:
+    if uses_onednn():
         for experts, of, each in _runs(block):
             products(left[of].unflatten(0, (-1, each)).mT, right[of].unflatten(0, (-1, each)).mT, out[experts])
     else:
