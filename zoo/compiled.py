@@ -24,6 +24,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from zoo.cache import Cache, LayerCache, StateCache
 from zoo.generation import decode_step
+from zoo.layers.linear import Library, uses_onednn
 from zoo.layers.sequence import SequenceLayout
 from zoo.model import Decoder
 from zoo.moe.clamped import ClampedExperts, clamped_swiglu
@@ -37,9 +38,9 @@ SCRATCH = 256
 """Capacity of the cache that the step is compiled with; any other runs the same graph."""
 EXPERTS = (Experts, GEGLUExperts, DropoutExperts, ClampedExperts)
 """Kinds that ``_mix_chosen`` computes."""
-LARGE = 1 << 20
-"""Numbers in an expert's weights that the cache of a core does not hold: one that several rows go through is read for
-each of them here, and once in ``decode_step``."""
+LARGE: dict[Library, int] = {"onednn": 1 << 20, "mkl": 1 << 17}
+"""Numbers in the weights of a large expert, by whose products ``decode_step`` has: one that several rows go through is
+read for each of them here, and once there."""
 READINGS = 1
 """So many of each large expert, in the mean, are faster than hundreds of calls."""
 OPTIONS: dict[str, Any] = {"fullgraph": True, "isolate_recompiles": True, "options": {"cpp_wrapper": True}}
@@ -122,8 +123,16 @@ class CompiledStep:
 def most_prompts(model: Decoder) -> float:
     """How many prompts at a time the compiled step is the faster for; with more it leaves them to ``decode_step``."""
     moe = model.config.moe
-    large = any(sum(w[0].numel() for w in layer.experts.parameters()) >= LARGE for layer in _moe_layers(model))
-    return READINGS * moe.num_experts // moe.top_k if moe is not None and large else math.inf
+    if moe is None:
+        return math.inf
+    numbers = (sum(w[0].numel() for w in layer.experts.parameters()) for layer in _moe_layers(model))
+    return most_rows(max(numbers, default=0), moe.num_experts, moe.top_k)
+
+
+def most_rows(numbers: int, num_experts: int, top_k: int) -> float:
+    """The same of rows that go through a layer whose experts have so many numbers each."""
+    large = numbers >= LARGE["onednn" if uses_onednn() else "mkl"]
+    return READINGS * num_experts // top_k if large else math.inf
 
 
 def _places(cache: Cache) -> Tensor:

@@ -106,7 +106,7 @@ def test_windows_and_chunks_of_padded_prompts(name: str, shared: int, monkeypatc
 
 def test_many_rows_of_large_experts_are_left_to_the_eager_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zoo.compiled.OPTIONS", TRACED)
-    monkeypatch.setattr("zoo.compiled.LARGE", 1000)
+    monkeypatch.setattr("zoo.compiled.LARGE", {"mkl": 1000, "onednn": 1000})
     model = small("mixtral-tiny")
     step, moe = CompiledStep(model, several=True), model.config.moe
     assert moe is not None

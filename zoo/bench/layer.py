@@ -24,7 +24,7 @@ from zoo.bench.memory import peak_bytes
 from zoo.bench.peers import EXPERTS, GATHERED_BYTES, check_equal, exported, in_litgpt, in_transformers
 from zoo.bench.rows import LIMIT, OURS, Options, Row
 from zoo.bench.timing import interleaved, reading
-from zoo.compiled import LARGE, OPTIONS, twin
+from zoo.compiled import OPTIONS, most_rows, twin
 from zoo.config import ModelSpec
 from zoo.layers.ffn import SwiGLU
 from zoo.model import Decoder, build
@@ -137,8 +137,8 @@ def rows(options: Options) -> Iterator[Row]:
             again = replace(cases[_trained(name)], recompute=True)
             cases[f"{name}, forward + backward, recomputed, T {MANY:,}"] = again
             if options.device == "cpu":
-                several = shape.matrices < LARGE  # as the step of a token is compiled
-                for tokens in FEW if several else FEW[:1]:
+                most = most_rows(shape.matrices, shape.num_experts, shape.top_k)
+                for tokens in (tokens for tokens in FEW if tokens <= most):  # as the step of a token is compiled
                     cases[f"{name}, forward, compiled, T {tokens}"] = Pass(tokens, compiled=True)
         wanted = {case: of for case, of in cases.items() if options.wants(case)}
         if wanted:

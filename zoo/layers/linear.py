@@ -101,9 +101,7 @@ def product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
 def add_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
     """out [n, O] += ``product``."""
     way = _way(x, weight)
-    if way == "rows" and len(x) == 1:
-        out[0].addmv_(weight, x[0])
-    elif way == "rows":
+    if way == "rows":
         out.addmm_(x, weight.t())
     elif way == "onednn" and len(x) > 1:
         with onednn_products:
@@ -121,6 +119,31 @@ def products(x: Tensor, weights: Tensor, out: Tensor) -> None:
         return
     for one, weight, of_out in zip(x, weights, out, strict=True):
         product(one, weight, of_out)
+
+
+def products_of_rows(rows: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
+    """Each row [1, I] · right [I, O].
+
+    By MKL without another call between them: weights fill the caches, so that any costs as if it were the first.
+    """
+    if uses_onednn():
+        return [product(row, weight.t()) for row, weight in zip(rows, right, strict=True)]
+    if rows[0].dtype is not torch.float32:  # oneDNN takes these of mm, for which a vector is the slower
+        return [torch.mv(weight.t(), row[0]).unsqueeze(0) for row, weight in zip(rows, right, strict=True)]
+    return [torch.mm(row, weight) for row, weight in zip(rows, right, strict=True)]
+
+
+def sum_of_products(rows: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Of ``products_of_rows`` [1, O], each added to the sum as it is made."""
+    if uses_onednn():
+        out = product(rows[0], right[0].t())
+        for row, weight in zip(rows[1:], right[1:], strict=True):
+            add_product(out, row, weight.t())
+        return out
+    out = torch.mm(rows[0], right[0])
+    for row, weight in zip(rows[1:], right[1:], strict=True):
+        out.addmm_(row, weight)
+    return out
 
 
 def products_apart(left: Sequence[Tensor], right: Sequence[Tensor], out: Sequence[Tensor]) -> None:
@@ -167,11 +190,8 @@ def product_by(way: Way, x: Tensor, weight: Tensor, out: Tensor | None = None) -
     if len(x) > 1 and way == "onednn":
         with onednn_products:
             return torch.mm(x, weight.t(), out=out)
-    if way == "rows" and (len(x) > 1 or out is not None):
-        return torch.mm(x, weight.t(), out=out)
     if way == "rows":
-        # MKL's own product of one row is the slower on Intel's CPUs.
-        return F.linear(x, weight) if uses_onednn() else torch.mv(weight, x[0]).unsqueeze(0)
+        return torch.mm(x, weight.t(), out=out)
     made = _columns(x, weight).t() if way == "columns" else _one_row(x, weight, None)
     return made if out is None else out.copy_(made)
 

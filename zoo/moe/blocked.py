@@ -24,7 +24,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.layers.ffn import Activation, gelu_tanh
-from zoo.layers.linear import add_product, product, products, products_apart, rows_of_products, uses_onednn
+from zoo.layers.linear import (
+    products,
+    products_apart,
+    products_of_rows,
+    rows_of_products,
+    sum_of_products,
+    uses_onednn,
+)
 from zoo.moe.dispatch import Assignment, assign
 from zoo.moe.router import RouterOutput
 
@@ -74,19 +81,16 @@ def mix_one(x: Tensor, routing: RouterOutput, gate_up: Tensor, down: Tensor, act
     Half of the calls of a block, which count beside the reading of a few experts' weights. Each product adds to the sum
     itself, but in bf16, whose sum would be rounded K times. x: [1, D] in the dtype of the experts, any.
     """
-    weights, (first, *others) = routing.weights, routing.experts[0].tolist()
-    up_weights = gate_up.flatten(1, 2)
-    both = torch.cat([product(x, up_weights[expert]) for expert in (first, *others)])
-    gate, up = both.view(len(others) + 1, 2, -1).unbind(1)
-    inner = activation(gate) * up
+    weights, experts = routing.weights, routing.experts[0].tolist()
+    up_weights, down_weights = (
+        [of_all[expert] for expert in experts] for of_all in (gate_up.flatten(1, 2).mT, down.mT)
+    )
+    gate, up = torch.cat(products_of_rows([x] * len(experts), up_weights)).chunk(2, dim=1)
+    inner = activation(gate).mul_(up)
     if weights.dtype != x.dtype:
-        rows = [product(row, down[expert]) for expert, row in zip((first, *others), inner.split(1), strict=True)]
+        rows = products_of_rows(inner.split(1), down_weights)
         return torch.mm(weights, torch.cat(rows).to(weights.dtype)).to(x.dtype)
-    row, *rows = inner.mul_(weights.mT).split(1)
-    out = product(row, down[first])
-    for expert, row in zip(others, rows, strict=True):
-        add_product(out, row, down[expert])
-    return out
+    return sum_of_products(inner.mul_(weights.mT).split(1), down_weights)
 
 
 def one_applies(x: Tensor, gate_up: Tensor) -> bool:
