@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -47,7 +49,20 @@ def test_every_way_is_called_equally_often_and_first_in_turn() -> None:
     ways = {name: (lambda name=name: called.append(name)) for name in "abc"}
     times = interleaved(ways, 3, warmups=1, repeat=2)
     assert {name: len(seconds) for name, seconds in times.items()} == dict.fromkeys("abc", 3)
-    assert "".join(called) == "abc" + "aabbcc" + "bbccaa" + "ccaabb"
+    assert "".join(called) == "abc" + "aaaabbbbcccc" + "bbbbccccaaaa" + "ccccaaaabbbb"
+
+
+def test_short_calls_are_timed_after_their_own_and_not_after_those_of_another_way() -> None:
+    before = ""
+
+    def call(name: str) -> None:
+        nonlocal before
+        if before != name:  # as where another way has left the caches
+            time.sleep(0.02)
+        before = name
+
+    times = interleaved({name: partial(call, name) for name in "ab"}, 3, repeat=2)
+    assert max(max(seconds) for seconds in times.values()) < 0.01
 
 
 def test_peak_memory_counts_temporaries_and_not_what_was_there() -> None:
